@@ -1,0 +1,1 @@
+"""Activation memory: prompts whose KV is computed once and kept."""

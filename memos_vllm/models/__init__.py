@@ -1,0 +1,1 @@
+"""Fetching models and turning them into folders that vLLM serves."""
