@@ -1,0 +1,114 @@
+"""Request headers that decide whether a change happens: If-Match and Idempotency-Key."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+import anyio
+from fastapi import Depends, Header, Request, Response
+
+from memos_vllm.api.context import Call
+from memos_vllm.errors import InvalidRequest
+
+REPLAYED_HEADER = "Idempotent-Replayed"
+
+# How long a key stays reserved when the process that answers it dies.
+_HOLD_SECONDS = 60.0
+
+_VERSION = re.compile(r'(?:W/)?"?([0-9]{1,18})"?')
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+async def _if_match(
+    if_match: Annotated[
+        str | None,
+        Header(description="Version that must still be current; 412 when it is not."),
+    ] = None,
+) -> int | None:
+    if if_match is None or if_match.strip() == "*":
+        return None
+    match = _VERSION.fullmatch(if_match.strip())
+    if match is None:
+        raise InvalidRequest(
+            "If-Match must be the version number of the object, such as: If-Match: 12",
+            param="If-Match",
+        )
+    return int(match.group(1))
+
+
+IfMatch = Annotated[int | None, Depends(_if_match)]
+
+
+async def answer_once(
+    call: Call, act: Callable[[], Awaitable[Response]], *, takes_seconds: float = 0.0
+) -> Response:
+    """Run `act`, or repeat the answer that its Idempotency-Key got the first time.
+
+    Requests with one key wait for each other, so of several at once one acts and the others repeat
+    its answer; at another API server of the same catalog they get a 409 until the answer is there.
+    Only success is kept: a refused request changed nothing and may be sent again.
+
+    Args:
+        takes_seconds: how long `act` may wait for something, on top of its own work.
+    Raises:
+        Conflict: the key was used with another method, path or body.
+    """
+    key = call.request.headers.get("idempotency-key")
+    if key is None:
+        return await act()
+    if _KEY.fullmatch(key) is None:
+        raise InvalidRequest(
+            "Idempotency-Key must be 1 to 255 printable ASCII characters without spaces",
+            param="Idempotency-Key",
+        )
+    fingerprint = await call.api.run(_fingerprint, call.request, await call.request.body())
+    async with call.api.locks.hold((call.actor.id, key)):
+        stored = await call.api.run(
+            call.mos.reserve_reply,
+            call.actor,
+            key,
+            fingerprint,
+            hold_seconds=_HOLD_SECONDS + takes_seconds,
+        )
+        if stored is not None:
+            return Response(
+                stored.body,
+                status_code=stored.status,
+                headers={REPLAYED_HEADER: "true"},
+                media_type="application/json",
+            )
+        return await _act_and_store(call, act, key=key, fingerprint=fingerprint)
+
+
+async def _act_and_store(
+    call: Call, act: Callable[[], Awaitable[Response]], *, key: str, fingerprint: str
+) -> Response:
+    try:
+        response = await act()
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await call.api.run(call.mos.release_reply, call.actor, key)
+        raise
+    await call.api.run(
+        call.mos.store_reply,
+        call.actor,
+        key,
+        fingerprint,
+        response.status_code,
+        bytes(response.body),
+    )
+    return response
+
+
+def _fingerprint(request: Request, body: bytes) -> str:
+    """A digest of what was asked; spaces and the order of members do not make another body."""
+    # A route without a body of its own takes any bytes; those are compared as they are.
+    with contextlib.suppress(ValueError, RecursionError):
+        body = json.dumps(json.loads(body), sort_keys=True).encode()
+    target = f"{request.method} {request.url.path}?{request.url.query}\n"
+    return hashlib.sha256(target.encode("utf-8", "surrogatepass") + body).hexdigest()

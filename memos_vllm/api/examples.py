@@ -1,0 +1,159 @@
+"""Examples for the OpenAPI page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TIME = "2030-01-31T12:00:00Z"
+
+ERROR = {
+    "error": {
+        "message": "cube 'acme-suport' does not exist",
+        "type": "not_found_error",
+        "param": None,
+        "code": "not_found",
+    }
+}
+
+CUBE = {
+    "id": "acme-support",
+    "object": "memcube",
+    "name": "Acme support",
+    "description": "",
+    "preamble": "",
+    "labels": [],
+    "owner": "local",
+    "version": 12,
+    "created_at": _TIME,
+    "updated_at": _TIME,
+    "memories": {"active": 40, "merged": 0, "archived": 2},
+    "tiers": {"plaintext": 4, "activation": 36, "parametric": 0},
+    "activation": {"state": "ready", "tokens": 3072, "bytes": 70778880, "resident_tokens": 3072},
+    "adapter": None,
+}
+
+_SOURCE = {
+    "kind": "handbook",
+    "uri": "https://acme.example/handbook",
+    "title": "Returns",
+    "author": None,
+    "created_at": None,
+    "locator": "page 7",
+}
+
+MEMORY = {
+    "id": "mem_01k9z3v7q0c4m8x2h5r6t1w9n",
+    "object": "memory",
+    "cube_id": "acme-support",
+    "text": "Refunds take five working days.",
+    "tags": ["refunds"],
+    "labels": [],
+    "metadata": {},
+    "source": _SOURCE,
+    "state": "active",
+    "tier": "activation",
+    "version": 1,
+    "lineage": {"derived_from": [], "merged_into": None, "supersedes": []},
+    "edges": [],
+    "created_by": "local",
+    "created_at": _TIME,
+    "updated_at": _TIME,
+    "expires_at": None,
+    "usage": {"hits": 3, "last_used_at": _TIME},
+}
+
+MEMORY_VERSION = {
+    "object": "memory.version",
+    "memory_id": MEMORY["id"],
+    "version": 1,
+    "text": MEMORY["text"],
+    "tags": ["refunds"],
+    "labels": [],
+    "metadata": {},
+    "source": _SOURCE,
+    "state": "active",
+    "expires_at": None,
+    "change": "added",
+    "reason": None,
+    "changed_by": "local",
+    "changed_at": _TIME,
+}
+
+JOB = {
+    "id": "job_01k9z3v7q0c4m8x2h5r6t1w9n",
+    "object": "job",
+    "cube_id": "acme-support",
+    "kind": "bake",
+    "state": "running",
+    "progress": 0.5,
+    "message": "prefilling 3072 tokens",
+    "error": None,
+    "created_at": _TIME,
+    "updated_at": _TIME,
+}
+
+STATS = {
+    "object": "memcube.stats",
+    "cube_id": "acme-support",
+    "version": 12,
+    "memories": CUBE["memories"],
+    "tiers": {
+        "activation": {
+            "memories": 36,
+            "text_bytes": 14000,
+            "tokens": 3072,
+            "artifact_bytes": 70778880,
+        }
+    },
+    "artifacts": 1,
+    "resident_tokens": 3072,
+    "hits": 120,
+    "hits_by_source": {"resident": 118, "store": 2},
+    "prefill_tokens_saved": 368640,
+    "prefill_seconds_saved": 210.5,
+    "last_used_at": _TIME,
+}
+
+AUDIT = {
+    "object": "audit.entry",
+    "seq": 7,
+    "at": _TIME,
+    "actor": "local",
+    "action": "memory.edit",
+    "cube_id": "acme-support",
+    "subject": MEMORY["id"],
+    "details": {"version": 2},
+    "previous_hash": "9f" * 32,
+    "hash": "3c" * 32,
+}
+
+VERDICT = {
+    "object": "audit.verdict",
+    "ok": True,
+    "entries": 120,
+    "head_hash": "3c" * 32,
+    "bad_seq": None,
+    "problem": None,
+    "message": "the audit log is whole",
+}
+
+STATUS = {
+    "object": "memos.status",
+    "version": "0.1.0",
+    "residency": {"budget_tokens": 32768, "used_tokens": 3072},
+    "guard": {"transfer_params_dropped": 0},
+}
+
+HEALTH = {"status": "ready", "parts": {"catalog": "ready", "engine": "ready"}}
+
+EVENTS = 'event: progress\ndata: {"id": "job_01k9z3v7q0c4m8x2h5r6t1w9n", "progress": 0.5, ...}\n\n'
+
+
+def page(item: object) -> dict[str, Any]:
+    """A list of one."""
+    return {"object": "list", "data": [item], "next_cursor": None}
+
+
+def answers(example: object, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route: the same example for each status."""
+    return {status: {"content": {"application/json": {"example": example}}} for status in statuses}

@@ -1,0 +1,48 @@
+"""What the routes need from the engine; `memos_vllm.engine` implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from memos_vllm.domain.artifact import ArtifactRecord
+
+
+class EngineGateway(Protocol):
+    """The engine's side of the HTTP surface."""
+
+    async def status(self) -> Mapping[str, object]:
+        """Versions, model fingerprint, residency budget and use, stores: JSON values only."""
+        ...
+
+    async def health(self) -> Mapping[str, str]:
+        """Each part, with "ready" or the reason why it is not."""
+        ...
+
+    async def discard_artifacts(self, records: Sequence[ArtifactRecord]) -> None:
+        """Remove the files of these artifacts.
+
+        Raises:
+            Unavailable: the store cannot be reached; some files may be left.
+        """
+        ...
+
+    async def check_composition(self, cube_id: str, *, adding: Sequence[str] | None) -> None:
+        """Refuse a prefix that could never be baked, before anything is changed.
+
+        Args:
+            adding: memory ids about to join the activation tier; None for every active,
+                unlabelled memory of the cube.
+        Raises:
+            ContextTooLong: the prefix would exceed the model's context.
+            TemplateError: the model's template cannot render it.
+        """
+        ...
+
+    def resident_tokens(self, cube_id: str) -> int:
+        """Tokens of the cube's prefix that are in the engine's KV pool now, as last reported."""
+        ...
+
+    def wake_jobs(self) -> None:
+        """A job was queued; never blocks, never raises."""
+        ...

@@ -1,0 +1,185 @@
+"""The request guard, for vLLM's `--middleware memos_vllm.api.middleware.MemosGuard`.
+
+It stands in front of every route of the server and does two things. Memory fields (`memcube_id`
+and its kin) on a route that does not take them are refused, because a route that ignored them
+would answer without the memory that the caller asked for. `kv_transfer_params`, wherever vLLM
+would read it, is removed and counted: only our own serving code may attach a ticket, and it does
+so behind this guard. Forms (audio uploads) are streamed through unread: their answer to forged
+parameters is the ticket's signature.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from memos_vllm.api.body_guard import GuardedBody, UnreadableBodyError, guard_body, is_suspect
+from memos_vllm.api.error_table import error_response
+from memos_vllm.errors import InvalidRequest, MemosError, TooLarge
+
+logger = logging.getLogger(__name__)
+
+CHAT_PATH = "/v1/chat/completions"
+OWN_PREFIX = "/v1/memcubes"
+
+# A body that must be parsed is held several times over; 64 MiB is far above any honest prompt.
+MAX_INSPECTED_BYTES = 64 * 1024 * 1024
+
+TRANSFER_PARAMS_DROPPED = "transfer_params_dropped"
+MEMORY_FIELDS_REFUSED = "memory_fields_refused"
+OVERSIZED_REFUSED = "oversized_refused"
+UNREADABLE_REFUSED = "unreadable_refused"
+
+guard_counters: dict[str, int] = {
+    TRANSFER_PARAMS_DROPPED: 0,
+    MEMORY_FIELDS_REFUSED: 0,
+    OVERSIZED_REFUSED: 0,
+    UNREADABLE_REFUSED: 0,
+}
+"""Events since this process started, by name. Only the event loop writes; metrics read."""
+
+guard_listeners: list[Callable[[str, int], None]] = []
+"""Told the name and the increment of each event; must not raise."""
+
+_METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+
+class MemosGuard:
+    """Pure ASGI middleware; bodies are buffered whole, as vLLM's own routes do, and replayed."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in _METHODS_WITH_BODY:
+            await self.app(scope, receive, send)
+            return
+        path = _route_path(scope)
+        # Our own bodies never become sampling parameters, and a memory's text or metadata may
+        # well hold these words.
+        if path == OWN_PREFIX or path.startswith(OWN_PREFIX + "/") or _is_form(scope):
+            await self.app(scope, receive, send)
+            return
+        body = await _read_body(receive)
+        if body is None:
+            return
+        try:
+            guarded = _inspect(body, scope, path)
+        except MemosError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        if guarded is not None and guarded.text is not None:
+            _count_dropped(guarded.dropped)
+            body = guarded.text.encode("utf-8", "surrogatepass")
+            scope = _with_content_length(scope, len(body))
+        await self.app(scope, _replay(body, receive), send)
+
+
+def _inspect(body: bytes, scope: Scope, path: str) -> GuardedBody | None:
+    """Judge one body; None means that it may pass as it is.
+
+    Raises:
+        InvalidRequest: memory fields on a route that does not take them, or unreadable JSON.
+        TooLarge: a body that has to be parsed and is over `MAX_INSPECTED_BYTES`.
+    """
+    takes_memory = path == CHAT_PATH
+    if not is_suspect(body, memory_fields=not takes_memory):
+        return None
+    if len(body) > MAX_INSPECTED_BYTES:
+        _count(OVERSIZED_REFUSED)
+        raise TooLarge(
+            f"the body has {len(body)} bytes and holds fields that must be checked; such a body "
+            f"may have at most {MAX_INSPECTED_BYTES} bytes"
+        )
+    try:
+        guarded = guard_body(body)
+    except UnreadableBodyError as error:
+        if not _says_json(scope):
+            return None
+        _count(UNREADABLE_REFUSED)
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    if guarded.memory_fields and not takes_memory:
+        _count(MEMORY_FIELDS_REFUSED)
+        field = guarded.memory_fields[0]
+        raise InvalidRequest(
+            f"{path[:200]} does not take '{field}'; send it to POST {CHAT_PATH}", param=field
+        )
+    return guarded
+
+
+def _count_dropped(dropped: int) -> None:
+    if guard_counters[TRANSFER_PARAMS_DROPPED] == 0:
+        logger.warning(
+            "a client sent kv_transfer_params; they are removed from every request and counted "
+            "(logged once per process)"
+        )
+    _count(TRANSFER_PARAMS_DROPPED, dropped)
+
+
+def _count(event: str, increment: int = 1) -> None:
+    guard_counters[event] += increment
+    for listener in guard_listeners:
+        listener(event, increment)
+
+
+def _route_path(scope: Scope) -> str:
+    """The path that the router will match: without `--root-path` and a trailing slash."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    if root and (path == root or path.startswith(root + "/")):
+        path = path[len(root) :]
+    return path.rstrip("/") or "/"
+
+
+def _content_types(scope: Scope) -> Iterable[bytes]:
+    for name, value in scope["headers"]:
+        if name.lower() == b"content-type":
+            yield value.split(b";", 1)[0].strip().lower()
+
+
+def _is_form(scope: Scope) -> bool:
+    """Every content type must say so: of two headers, a route might read the other one."""
+    types = list(_content_types(scope))
+    return bool(types) and all(
+        kind.startswith(b"multipart/") or kind == b"application/x-www-form-urlencoded"
+        for kind in types
+    )
+
+
+def _says_json(scope: Scope) -> bool:
+    return any(kind.endswith((b"/json", b"+json")) for kind in _content_types(scope))
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """Read the whole body; None when the client went away first."""
+    chunks: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Hand the body over once; what follows (a disconnect) comes from the server again."""
+    delivered = False
+
+    async def replay() -> Message:
+        nonlocal delivered
+        if delivered:
+            return await receive()
+        delivered = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _with_content_length(scope: Scope, length: int) -> Scope:
+    dropped = (b"content-length", b"transfer-encoding")
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
+    headers.append((b"content-length", str(length).encode()))
+    return {**scope, "headers": headers}

@@ -1,0 +1,111 @@
+"""Routes of the service itself: health, status, audit."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
+
+import memos_vllm
+from memos_vllm.api import examples
+from memos_vllm.api.context import ApiContext, CurrentApi, CurrentCall
+from memos_vllm.api.error_table import error_response
+from memos_vllm.api.middleware import guard_counters
+from memos_vllm.api.replies import (
+    AuditReply,
+    AuditVerdictReply,
+    HealthReply,
+    ListReply,
+    render,
+)
+from memos_vllm.api.route import MemosRoute
+from memos_vllm.api.schemas import PageQuery, PathId
+from memos_vllm.domain.access import LOCAL_ADMIN
+from memos_vllm.errors import MemosError, Unavailable
+
+router = APIRouter(route_class=MemosRoute, tags=["service"])
+
+_READY = "ready"
+_RETRY_AFTER_SECONDS = 2
+
+
+@router.get(
+    "/health",
+    summary="Say whether every part is ready",
+    response_model=HealthReply,
+    responses=examples.answers(examples.HEALTH, 200),
+)
+async def health(api: CurrentApi) -> Response:
+    """200 when everything is ready; otherwise 503, which names the parts that are not."""
+    parts = await _parts(api)
+    waiting = [f"{name}: {state}" for name, state in parts.items() if state != _READY]
+    if not waiting:
+        return render(HealthReply(status="ready", parts=parts))
+    return error_response(
+        Unavailable(f"not ready: {'; '.join(waiting)}", retry_after_seconds=_RETRY_AFTER_SECONDS),
+        extra=HealthReply(status="not_ready", parts=parts).model_dump(),
+    )
+
+
+async def _parts(api: ApiContext) -> dict[str, str]:
+    parts = {"catalog": _READY, "engine": _READY}
+    try:
+        await api.run(lambda: api.mos().list_cubes(LOCAL_ADMIN, limit=1, cursor=None))
+    except MemosError as error:
+        parts["catalog"] = str(error)
+    try:
+        parts.update(await api.gateway().health())
+    except MemosError as error:
+        parts["engine"] = str(error)
+    return parts
+
+
+@router.get(
+    "/v1/memos/status",
+    summary="Read the server's state",
+    response_model=dict[str, object],
+    responses=examples.answers(examples.STATUS, 200),
+)
+async def status(call: CurrentCall) -> Response:
+    """Versions, model fingerprint, stores, residency budget and use, and what was refused."""
+    return JSONResponse(
+        {
+            "object": "memos.status",
+            "version": memos_vllm.__version__,
+            **await call.gateway.status(),
+            "guard": dict(guard_counters),
+        }
+    )
+
+
+@router.get(
+    "/v1/memcubes/{cube_id}/audit",
+    summary="Read a cube's audit log",
+    response_model=ListReply[AuditReply],
+    responses=examples.answers(examples.page(examples.AUDIT), 200),
+)
+async def audit_entries(
+    call: CurrentCall, cube_id: PathId, query: Annotated[PageQuery, Query()]
+) -> Response:
+    """Every change of the cube with who made it and when; never a memory's text."""
+
+    def read() -> Response:
+        page = call.mos.audit_entries(call.actor, cube_id, limit=query.limit, cursor=query.cursor)
+        data = [AuditReply.model_validate(entry) for entry in page.items]
+        return render(ListReply[AuditReply](data=data, next_cursor=page.next_cursor))
+
+    return await call.api.run(read)
+
+
+@router.get(
+    "/v1/audit/verify",
+    summary="Verify the audit log",
+    response_model=AuditVerdictReply,
+    responses=examples.answers(examples.VERDICT, 200),
+)
+async def verify_audit(call: CurrentCall) -> Response:
+    """Check the hash chain of the whole log; a broken one names its first bad row."""
+    return await call.api.run(
+        lambda: render(AuditVerdictReply.model_validate(call.mos.verify_audit()))
+    )
