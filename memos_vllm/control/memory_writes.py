@@ -1,0 +1,210 @@
+"""How a memory is put down: its row, its version, its edges, and the words it is found by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import delete, insert
+from sqlalchemy.orm import Session
+
+from memos_vllm.control.access import OpenCube, open_memories
+from memos_vllm.control.tables import (
+    EdgeRow,
+    MemoryLabelRow,
+    MemoryRow,
+    MemoryTagRow,
+    MemoryVersionRow,
+)
+from memos_vllm.control.views import source_to_json
+from memos_vllm.domain.access import Principal
+from memos_vllm.domain.memory import (
+    Edge,
+    MemoryChange,
+    MemoryPatch,
+    MemoryState,
+    NewMemory,
+    Source,
+    Tier,
+)
+from memos_vllm.domain.patch import UNSET
+from memos_vllm.errors import InvalidRequest
+
+Values = dict[str, Any]
+
+
+def insert_memories(
+    session: Session,
+    cube: OpenCube,
+    batch: Sequence[NewMemory],
+    *,
+    ids: Sequence[str],
+    actor: Principal,
+    reason: str | None,
+    at: datetime,
+) -> list[MemoryRow]:
+    """Insert checked memories with first versions, tags, labels and edges, in order.
+
+    Raises:
+        NotFound: the target of an edge.
+    """
+    rows = [
+        MemoryRow(
+            id=memory_id,
+            cube_id=cube.row.id,
+            text=memory.text,
+            text_bytes=len(memory.text.encode()),
+            tags=list(memory.tags),
+            labels=list(memory.labels),
+            attributes=dict(memory.metadata),
+            source=source_to_json(memory.source or Source()),
+            state=MemoryState.ACTIVE,
+            tier=Tier.PLAINTEXT,
+            position=0,
+            version=1,
+            created_by=actor.id,
+            created_at=at,
+            updated_at=at,
+            expires_at=memory.expires_at,
+        )
+        for memory_id, memory in zip(ids, batch, strict=True)
+    ]
+    session.add_all(rows)
+    session.flush()
+    _insert_versions(session, rows, MemoryChange.ADDED, actor=actor, reason=reason, at=at)
+    _insert_words(session, rows)
+    linked = [(row, memory.edges) for row, memory in zip(rows, batch, strict=True) if memory.edges]
+    _insert_edges(session, cube, linked)
+    return rows
+
+
+def record_version(
+    session: Session,
+    row: MemoryRow,
+    change: MemoryChange,
+    *,
+    actor: Principal,
+    reason: str | None,
+    at: datetime,
+) -> None:
+    """Move the memory's version and keep the new one in its history."""
+    row.version += 1
+    row.updated_at = at
+    _insert_versions(session, [row], change, actor=actor, reason=reason, at=at)
+
+
+def apply_patch(row: MemoryRow, patch: MemoryPatch, *, edges: tuple[Edge, ...]) -> list[str]:
+    """Put the given fields into the row; edges and words are left to `replace_*`.
+
+    Args:
+        edges: the memory's edges before the change.
+    Returns:
+        Names of the fields that differ from before, in a fixed order.
+    """
+    given: dict[str, tuple[str, object]] = {}
+    if patch.text is not UNSET:
+        given["text"] = ("text", patch.text)
+    if patch.tags is not UNSET:
+        given["tags"] = ("tags", list(patch.tags))
+    if patch.labels is not UNSET:
+        given["labels"] = ("labels", list(patch.labels))
+    if patch.metadata is not UNSET:
+        given["metadata"] = ("attributes", dict(patch.metadata))
+    if patch.source is not UNSET:
+        given["source"] = ("source", source_to_json(patch.source))
+    if patch.expires_at is not UNSET:
+        given["expires_at"] = ("expires_at", patch.expires_at)
+    changed = []
+    for field, (column, value) in given.items():
+        if getattr(row, column) != value:
+            setattr(row, column, value)
+            changed.append(field)
+    if "text" in changed:
+        row.text_bytes = len(row.text.encode())
+    if patch.edges is not UNSET and patch.edges != edges:
+        changed.append("edges")
+    return changed
+
+
+def replace_edges(
+    session: Session, cube: OpenCube, row: MemoryRow, edges: tuple[Edge, ...]
+) -> None:
+    """Give the memory these edges and no others; raises NotFound, InvalidRequest."""
+    session.execute(delete(EdgeRow).where(EdgeRow.memory_seq == row.seq))
+    _insert_edges(session, cube, [(row, edges)])
+
+
+def replace_words(session: Session, row: MemoryRow) -> None:
+    """Make the searchable tags and labels those of the row."""
+    session.execute(delete(MemoryTagRow).where(MemoryTagRow.memory_seq == row.seq))
+    session.execute(delete(MemoryLabelRow).where(MemoryLabelRow.memory_seq == row.seq))
+    _insert_words(session, [row])
+
+
+def _insert(session: Session, table: type[object], values: list[Values]) -> None:
+    if values:
+        session.execute(insert(table), values)
+
+
+def _insert_versions(
+    session: Session,
+    rows: Iterable[MemoryRow],
+    change: MemoryChange,
+    *,
+    actor: Principal,
+    reason: str | None,
+    at: datetime,
+) -> None:
+    values: list[Values] = [
+        {
+            "memory_seq": row.seq,
+            "version": row.version,
+            "text": row.text,
+            "tags": row.tags,
+            "labels": row.labels,
+            "attributes": row.attributes,
+            "source": row.source,
+            "state": row.state,
+            "expires_at": row.expires_at,
+            "change": change,
+            "reason": reason,
+            "changed_by": actor.id,
+            "changed_at": at,
+        }
+        for row in rows
+    ]
+    _insert(session, MemoryVersionRow, values)
+
+
+def _insert_words(session: Session, rows: Iterable[MemoryRow]) -> None:
+    tags: list[Values] = []
+    labels: list[Values] = []
+    for row in rows:
+        tags += [{"cube_id": row.cube_id, "tag": tag, "memory_seq": row.seq} for tag in row.tags]
+        labels += [{"memory_seq": row.seq, "label": label} for label in row.labels]
+    _insert(session, MemoryTagRow, tags)
+    _insert(session, MemoryLabelRow, labels)
+
+
+def _insert_edges(
+    session: Session, cube: OpenCube, linked: Sequence[tuple[MemoryRow, tuple[Edge, ...]]]
+) -> None:
+    wanted = list(dict.fromkeys(edge.target for _, edges in linked for edge in edges))
+    found = open_memories(session, cube, list(wanted)) if wanted else []
+    targets = {target.id: target.seq for target in found}
+    values: list[Values] = []
+    for row, edges in linked:
+        if any(edge.target == row.id for edge in edges):
+            raise InvalidRequest("a memory cannot have an edge to itself", param="edges")
+        values += [
+            {
+                "memory_seq": row.seq,
+                "kind": edge.kind,
+                "target_seq": targets[edge.target],
+                "weight": edge.weight,
+                "rank": rank,
+            }
+            for rank, edge in enumerate(edges)
+        ]
+    _insert(session, EdgeRow, values)

@@ -1,0 +1,237 @@
+"""Rows of the catalog as the domain's objects."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from memos_vllm.control.access import OpenCube, visible
+from memos_vllm.control.composition import activations
+from memos_vllm.control.tables import (
+    EdgeRow,
+    JobRow,
+    LineageRow,
+    MemoryRow,
+    MemoryUsageRow,
+    MemoryVersionRow,
+    Relation,
+)
+from memos_vllm.domain.access import Role
+from memos_vllm.domain.cube import Cube, count_states, count_tiers
+from memos_vllm.domain.ids import CubeId, JobId, MemoryId, PrincipalId
+from memos_vllm.domain.job import Job
+from memos_vllm.domain.memory import (
+    Edge,
+    Lineage,
+    Memory,
+    MemoryState,
+    MemoryVersion,
+    Source,
+    Tier,
+    Usage,
+)
+
+Counts = Mapping[tuple[MemoryState, Tier], int]
+
+
+def source_to_json(source: Source) -> dict[str, Any]:
+    """A source as it is stored."""
+    return {
+        "kind": source.kind,
+        "uri": source.uri,
+        "title": source.title,
+        "author": source.author,
+        "created_at": None if source.created_at is None else source.created_at.isoformat(),
+        "locator": source.locator,
+    }
+
+
+def source_from_json(stored: Mapping[str, Any]) -> Source:
+    """A stored source."""
+    created_at = stored.get("created_at")
+    return Source(
+        kind=stored["kind"],
+        uri=stored.get("uri"),
+        title=stored.get("title"),
+        author=stored.get("author"),
+        created_at=None if created_at is None else datetime.fromisoformat(created_at),
+        locator=stored.get("locator"),
+    )
+
+
+def load_memories(session: Session, cube: OpenCube, rows: Sequence[MemoryRow]) -> list[Memory]:
+    """Rows of one cube with edges, lineage and usage, in three queries for all of them.
+
+    Edges and lineage to a memory that the actor may not see are left out.
+    """
+    seqs = [row.seq for row in rows]
+    edges = _edges(session, cube, seqs)
+    lineage = _lineage(session, cube, seqs)
+    usage = {
+        seq: Usage(hits=hits, last_used_at=at)
+        for seq, hits, at in session.execute(
+            select(
+                MemoryUsageRow.memory_seq, MemoryUsageRow.hits, MemoryUsageRow.last_used_at
+            ).where(MemoryUsageRow.memory_seq.in_(seqs))
+        )
+    }
+    return [
+        to_memory(
+            row,
+            edges=edges.get(row.seq, ()),
+            lineage=lineage.get(row.seq, Lineage()),
+            usage=usage.get(row.seq, Usage()),
+        )
+        for row in rows
+    ]
+
+
+def to_memory(row: MemoryRow, *, edges: tuple[Edge, ...], lineage: Lineage, usage: Usage) -> Memory:
+    """A row and what belongs to it."""
+    return Memory(
+        id=MemoryId(row.id),
+        cube_id=CubeId(row.cube_id),
+        text=row.text,
+        tags=tuple(row.tags),
+        labels=tuple(row.labels),
+        metadata=row.attributes,
+        source=source_from_json(row.source),
+        state=row.state,
+        tier=row.tier,
+        version=row.version,
+        lineage=lineage,
+        edges=edges,
+        created_by=PrincipalId(row.created_by),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        expires_at=row.expires_at,
+        usage=usage,
+        position=row.position,
+    )
+
+
+def _edges(session: Session, cube: OpenCube, seqs: list[int]) -> dict[int, tuple[Edge, ...]]:
+    query = (
+        select(EdgeRow.memory_seq, EdgeRow.kind, MemoryRow.id, EdgeRow.weight)
+        .join(MemoryRow, MemoryRow.seq == EdgeRow.target_seq)
+        .where(EdgeRow.memory_seq.in_(seqs), visible(cube))
+        .order_by(EdgeRow.memory_seq, EdgeRow.rank)
+    )
+    found: dict[int, list[Edge]] = defaultdict(list)
+    for seq, kind, target, weight in session.execute(query):
+        found[seq].append(Edge(kind, MemoryId(target), weight))
+    return {seq: tuple(edges) for seq, edges in found.items()}
+
+
+def _lineage(session: Session, cube: OpenCube, seqs: list[int]) -> dict[int, Lineage]:
+    query = (
+        select(LineageRow.memory_seq, LineageRow.relation, MemoryRow.id)
+        .join(MemoryRow, MemoryRow.seq == LineageRow.target_seq)
+        .where(LineageRow.memory_seq.in_(seqs), visible(cube))
+        .order_by(LineageRow.memory_seq, MemoryRow.seq)
+    )
+    found: dict[int, dict[Relation, list[MemoryId]]] = defaultdict(lambda: defaultdict(list))
+    for seq, relation, target in session.execute(query):
+        found[seq][relation].append(MemoryId(target))
+    return {
+        seq: Lineage(
+            derived_from=tuple(by_relation[Relation.DERIVED_FROM]),
+            merged_into=next(iter(by_relation[Relation.MERGED_INTO]), None),
+            supersedes=tuple(by_relation[Relation.SUPERSEDES]),
+        )
+        for seq, by_relation in found.items()
+    }
+
+
+def to_version(memory_id: str, row: MemoryVersionRow) -> MemoryVersion:
+    """One line of a memory's history."""
+    return MemoryVersion(
+        memory_id=MemoryId(memory_id),
+        version=row.version,
+        text=row.text,
+        tags=tuple(row.tags),
+        labels=tuple(row.labels),
+        metadata=row.attributes,
+        source=source_from_json(row.source),
+        state=row.state,
+        expires_at=row.expires_at,
+        change=row.change,
+        reason=row.reason,
+        changed_by=PrincipalId(row.changed_by),
+        changed_at=row.changed_at,
+    )
+
+
+def load_cubes(session: Session, cubes: Sequence[OpenCube], *, now: datetime) -> list[Cube]:
+    """Cubes with counts of what the actor may see and the state of their activation memory."""
+    counts = count_memories(session, cubes)
+    states = activations(session, [cube.row for cube in cubes], now=now)
+    loaded = []
+    for cube in cubes:
+        row = cube.row
+        by_state: dict[MemoryState, int] = defaultdict(int)
+        by_tier: dict[Tier, int] = defaultdict(int)
+        for (state, tier), number in counts.get(row.id, {}).items():
+            by_state[state] += number
+            if state is MemoryState.ACTIVE:
+                by_tier[tier] += number
+        loaded.append(
+            Cube(
+                id=CubeId(row.id),
+                name=row.name,
+                description=row.description,
+                preamble=row.preamble,
+                labels=tuple(row.labels),
+                owner=PrincipalId(row.owner),
+                version=row.version,
+                epoch=row.epoch,
+                created_at=row.created_at,
+                updated_at=row.updated_at,
+                memories=count_states(by_state),
+                tiers=count_tiers(by_tier),
+                activation=states[row.id],
+            )
+        )
+    return loaded
+
+
+def count_memories(session: Session, cubes: Sequence[OpenCube]) -> dict[str, Counts]:
+    """Visible memories of each cube by state and tier."""
+    number = func.count()
+    grouped = (MemoryRow.cube_id, MemoryRow.state, MemoryRow.tier)
+    whole = [cube.row.id for cube in cubes if cube.role is Role.OWNER]
+    queries = [select(*grouped, number).where(MemoryRow.cube_id.in_(whole)).group_by(*grouped)]
+    queries += [
+        select(*grouped, number).where(visible(cube)).group_by(*grouped)
+        for cube in cubes
+        if cube.role is not Role.OWNER
+    ]
+    found: dict[str, dict[tuple[MemoryState, Tier], int]] = defaultdict(dict)
+    for query in queries:
+        for cube_id, state, tier, count in session.execute(query):
+            found[cube_id][state, tier] = count
+    return dict(found)
+
+
+def to_job(row: JobRow) -> Job:
+    """A job as it stands."""
+    return Job(
+        id=JobId(row.id),
+        cube_id=CubeId(row.cube_id),
+        kind=row.kind,
+        state=row.state,
+        progress=row.progress,
+        message=row.message,
+        error=row.error,
+        payload=row.payload,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        lease_owner=row.lease_owner,
+        lease_until=row.lease_until,
+        attempts=row.attempts,
+    )

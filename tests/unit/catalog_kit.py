@@ -1,0 +1,165 @@
+"""A desk for catalog tests: a real SQLite catalog in a temporary folder, and a clock to turn."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from memos_vllm.control.catalog import Catalog
+from memos_vllm.control.mos import Mos
+from memos_vllm.control.tables import GrantRow, PrincipalRow
+from memos_vllm.domain.access import LOCAL_ADMIN, Principal, PrincipalKind, Role
+from memos_vllm.domain.artifact import ActivationState, ArtifactRecord
+from memos_vllm.domain.cube import CubeSnapshot
+from memos_vllm.domain.ids import ArtifactId, IdSource, PrincipalId
+from memos_vllm.domain.memory import Memory, NewMemory, Tier
+
+ADMIN = LOCAL_ADMIN
+KEY = b"tombstone key of the tests"
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@dataclass
+class Clock:
+    """Stands still until told otherwise."""
+
+    now: datetime = START
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+@dataclass
+class Desk:
+    """A Mos, its clock and its file."""
+
+    path: Path
+    clock: Clock = field(default_factory=Clock)
+    mos: Mos = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mos = self._open()
+
+    @property
+    def url(self) -> str:
+        return f"sqlite:///{self.path}"
+
+    def _open(self) -> Mos:
+        catalog = Catalog.open(self.url, busy_timeout_seconds=5.0)
+        return Mos(catalog, clock=self.clock, new_id=IdSource())
+
+    def reopen(self) -> None:
+        self.mos.close()
+        self.mos = self._open()
+
+    def add(self, *texts: str, cube_id: str = "c", **fields: object) -> list[Memory]:
+        memories = [NewMemory(text=text, **fields) for text in texts]
+        return self.mos.add_memories(ADMIN, cube_id, memories)
+
+    def shot(self, cube_id: str = "c") -> CubeSnapshot:
+        return self.mos.snapshots(ADMIN, [cube_id])[0]
+
+    def state(self, cube_id: str = "c") -> str:
+        return self.mos.get_cube(ADMIN, cube_id).activation.state.value
+
+    def promote(self, *memory_ids: str, cube_id: str = "c") -> None:
+        self.mos.promote(ADMIN, cube_id, to=Tier.ACTIVATION, memory_ids=list(memory_ids) or None)
+
+    def artifact(self, shot: CubeSnapshot | None = None, *, name: str = "art") -> ArtifactRecord:
+        """What the engine would record after baking `shot`."""
+        shot = shot or self.shot()
+        return ArtifactRecord(
+            id=ArtifactId(f"{name}-{shot.id}-{shot.version}"),
+            cube_id=shot.id,
+            kind="kv-prefix",
+            head_key="head",
+            scope="scope",
+            tokens=100,
+            bytes=4096,
+            memory_versions=tuple((memory.id, memory.version) for memory in shot.memories),
+            state=ActivationState.READY,
+            created_at=self.clock.now,
+            cube_version=shot.version,
+        )
+
+    def run_jobs(self, cube_id: str = "c") -> None:
+        """Do what the engine's worker does: claim, bake, record, finish."""
+        from memos_vllm.domain.job import JobState
+
+        while job := self.mos.claim_job("worker", lease_seconds=30):
+            self.mos.record_artifact(self.artifact(self.shot(job.cube_id)))
+            self.mos.finish_job(job.id, "worker", state=JobState.SUCCEEDED, message="baked")
+
+    def grant(
+        self, name: str, role: Role, *, cube_id: str = "c", labels: Sequence[str] = ()
+    ) -> Principal:
+        """A principal that is no administrator and has this grant."""
+        with self.mos._catalog.write() as session:
+            session.add(PrincipalRow(id=name, kind=PrincipalKind.USER, name=name, created_at=START))
+            session.flush()
+            session.add(
+                GrantRow(
+                    cube_id=cube_id,
+                    principal_id=name,
+                    role=role,
+                    labels=list(labels),
+                    granted_by="local",
+                    granted_at=START,
+                )
+            )
+        return Principal(PrincipalId(name))
+
+    def sql(self, *statements: str) -> list[tuple[object, ...]]:
+        """Run SQL behind the catalog's back; the rows of the last statement."""
+        with closing(sqlite3.connect(self.path)) as connection, connection:
+            rows: list[tuple[object, ...]] = []
+            for statement in statements:
+                rows = connection.execute(statement).fetchall()
+            return rows
+
+    def bytes_on_disk(self) -> bytes:
+        """Everything in the catalog's folder: file, log and index."""
+        return b"".join(path.read_bytes() for path in sorted(self.path.parent.iterdir()))
+
+
+@cache
+def _migrated() -> bytes:
+    """An empty catalog; migrating one takes longer than most tests."""
+    with TemporaryDirectory(prefix="memos-empty-") as folder:
+        path = Path(folder) / "catalog.sqlite"
+        Catalog.open(f"sqlite:///{path}").close()
+        return path.read_bytes()
+
+
+@contextmanager
+def open_desk(folder: Path, *, cube: bool = True) -> Iterator[Desk]:
+    """A desk in `folder`, with an empty cube `c`."""
+    path = folder / "catalog" / "catalog.sqlite"
+    path.parent.mkdir(mode=0o700)
+    path.touch(mode=0o600)
+    path.write_bytes(_migrated())
+    desk = Desk(path)
+    if cube:
+        desk.mos.create_cube(ADMIN, cube_id="c")
+    try:
+        yield desk
+    finally:
+        desk.mos.close()
+
+
+def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Another process that runs `code`; its standard output comes line by line."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
+    )
