@@ -1,0 +1,5 @@
+"""Names by which vLLM knows us; importable without vLLM."""
+
+PLUGIN_NAME = "memos"
+CONNECTOR_NAME = "MemCubeConnector"
+MIDDLEWARE = "memos_vllm.api.middleware.MemosGuard"

@@ -1,0 +1,101 @@
+"""The memory fields of a chat request, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memos_vllm.domain.checks import check_encodable
+from memos_vllm.domain.cube import validate_cube_id
+from memos_vllm.errors import InvalidRequest
+
+MAX_CUBES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryOptions:
+    """The `memos` object of a request, checked."""
+
+    activation: bool = True
+    session_id: str | None = None
+
+
+def parse_cube_ids(memcube_id: object, alias: object) -> list[str]:
+    """The cubes that a request names, in order, each once.
+
+    Raises:
+        InvalidRequest: neither a cube id nor a list of one to eight of them.
+    """
+    if memcube_id is not None and alias is not None and memcube_id != alias:
+        raise InvalidRequest(
+            "memcube_id and its alias mem_cube_id name different cubes; send one of them",
+            param="mem_cube_id",
+        )
+    value = memcube_id if memcube_id is not None else alias
+    if value is None:
+        raise InvalidRequest("memos needs memcube_id, the cube to use", param="memcube_id")
+    ids = [value] if isinstance(value, str) else value
+    if not isinstance(ids, list) or not all(isinstance(cube, str) for cube in ids):
+        raise InvalidRequest(
+            f"memcube_id must be a cube id or a list of up to {MAX_CUBES} cube ids, "
+            f"not {type(value).__name__}",
+            param="memcube_id",
+        )
+    if not 1 <= len(ids) <= MAX_CUBES:
+        raise InvalidRequest(
+            f"memcube_id names {len(ids)} cubes; send 1 to {MAX_CUBES}", param="memcube_id"
+        )
+    for cube in ids:
+        validate_cube_id(cube, param="memcube_id")
+    return list(dict.fromkeys(ids))
+
+
+def parse_options(value: object) -> MemoryOptions:
+    """The `memos` object of a request.
+
+    Raises:
+        InvalidRequest: an unknown field or a wrong type; the message names it.
+    """
+    if value is None:
+        return MemoryOptions()
+    if not isinstance(value, dict):
+        raise InvalidRequest("memos must be an object", param="memos")
+    known = {"session_id", "retrieve", "activation", "adapter", "remember"}
+    if unknown := sorted(set(value) - known):
+        raise InvalidRequest(
+            f"memos has no field {unknown[0]!r}; it takes {', '.join(sorted(known))}",
+            param=f"memos.{unknown[0]}",
+        )
+    for name in ("activation", "adapter", "remember"):
+        if not isinstance(value.get(name, False), bool):
+            raise InvalidRequest(f"memos.{name} must be true or false", param=f"memos.{name}")
+    if value.get("remember"):
+        raise InvalidRequest(
+            "memos.remember is not available in this release: write memories with "
+            "POST /v1/memcubes/{id}/memories",
+            param="memos.remember",
+        )
+    _check_retrieve(value.get("retrieve"))
+    session = value.get("session_id")
+    if session is not None and (not isinstance(session, str) or not 0 < len(session) <= 256):
+        raise InvalidRequest(
+            "memos.session_id must be a string of 1 to 256 characters", param="memos.session_id"
+        )
+    check_encodable(session or "", param="memos.session_id")
+    return MemoryOptions(activation=value.get("activation", True), session_id=session)
+
+
+def _check_retrieve(value: object) -> None:
+    if value is None or value is False:
+        return
+    if not isinstance(value, dict) or set(value) - {"top_k", "max_tokens"}:
+        raise InvalidRequest(
+            "memos.retrieve must be false or an object with top_k and max_tokens",
+            param="memos.retrieve",
+        )
+    for name, most in (("top_k", 1000), ("max_tokens", 1_000_000)):
+        number = value.get(name, 1)
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+            raise InvalidRequest(
+                f"memos.retrieve.{name} must be a whole number from 1 to {most}",
+                param=f"memos.retrieve.{name}",
+            )

@@ -1,0 +1,182 @@
+"""`memos-vllm serve`: vLLM's own serve command, with memory set up."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from memos_vllm.config import ServerSettings, set_vllm_plugins, vllm_plugins_in_environment
+from memos_vllm.engine.names import CONNECTOR_NAME, MIDDLEWARE, PLUGIN_NAME
+from memos_vllm.errors import ConfigurationError, MemosError
+
+# Groups that VLLM_PLUGINS filters besides ours; naming one plugin would switch the others off.
+_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until stopped.
+
+    Args:
+        argv: the model, our options and any of `vllm serve`, as on the command line.
+    Returns:
+        The process's exit code: 0 stopped, 1 failed, 2 misused.
+    """
+    own, vllm_argv = own_parser().parse_known_args(list(argv))
+    try:
+        settings = _settings(own)
+        _use_plugins()
+        command, args = _parse(_with_model_folder(vllm_argv))
+        configure(args, settings, explicit_policy=_names_failure_policy(vllm_argv))
+        from memos_vllm.engine.endpoint import refuse_open_doors
+
+        refuse_open_doors(args)
+    except MemosError as error:
+        print(f"memos-vllm serve: {error}", file=sys.stderr)
+        return 2
+    from vllm.logger import configure_logging_from_args
+
+    configure_logging_from_args(args)
+    command.validate(args)
+    command.cmd(args)
+    return 0
+
+
+def own_parser() -> argparse.ArgumentParser:
+    """Our own options; everything else belongs to `vllm serve`."""
+    parser = argparse.ArgumentParser(
+        prog="memos-vllm serve", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
+    )
+    group = parser.add_argument_group("memory")
+    group.add_argument("--data-dir", type=Path, help="catalog, artifacts and keys of this server")
+    group.add_argument("--catalog-url", help="SQLAlchemy URL; SQLite in the data folder if absent")
+    group.add_argument(
+        "--artifact-budget-gib", type=float, help="most the artifact store may hold (20)"
+    )
+    group.add_argument(
+        "--residency-fraction",
+        type=float,
+        help="share of the KV pool that memory may keep resident (0.25)",
+    )
+    group.add_argument(
+        "--allow-portable",
+        action="store_true",
+        default=None,
+        help="load artifacts that were baked under another numerics class",
+    )
+    return parser
+
+
+def configure(args: Namespace, settings: ServerSettings, *, explicit_policy: bool) -> None:
+    """Set connector, middleware and address in vLLM's arguments, keeping what the user set.
+
+    Args:
+        args: of `vllm serve`; mutated.
+        explicit_policy: the user chose a kv_load_failure_policy.
+    """
+    args.kv_transfer_config = _transfer_config(
+        args.kv_transfer_config, settings, explicit_policy=explicit_policy
+    )
+    if MIDDLEWARE not in args.middleware:
+        args.middleware = [*args.middleware, MIDDLEWARE]
+    if args.host is None and getattr(args, "uds", None) is None:
+        # vLLM would listen on every address.
+        args.host = "127.0.0.1"
+
+
+def _transfer_config(given: Any, settings: ServerSettings, *, explicit_policy: bool) -> Any:
+    from vllm.config import KVTransferConfig
+
+    own = {
+        "kv_connector": CONNECTOR_NAME,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": _extra_config(settings),
+    }
+    if given is None or given.kv_connector is None:
+        return KVTransferConfig(**own, kv_load_failure_policy="recompute")
+    if given.has_connector(CONNECTOR_NAME):
+        if not explicit_policy:
+            given.kv_load_failure_policy = "recompute"
+        if given.kv_connector == CONNECTOR_NAME:
+            given.kv_connector_extra_config = {
+                **_extra_config(settings),
+                **given.kv_connector_extra_config,
+            }
+        return given
+    raise ConfigurationError(
+        f"the KV connector {given.kv_connector} cannot run beside memory in this release: memory "
+        "keeps its own KV; leave --kv-transfer-config out, or run plain `vllm serve`"
+    )
+
+
+def _extra_config(settings: ServerSettings) -> dict[str, Any]:
+    """The settings as the engine's processes read them; no secret is among them."""
+    return json.loads(settings.model_dump_json(exclude_none=True))  # type: ignore[no-any-return]
+
+
+def _settings(own: Namespace) -> ServerSettings:
+    given = {name: value for name, value in vars(own).items() if value is not None}
+    try:
+        return ServerSettings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise ConfigurationError(f"{option}: {first['msg']}") from error
+
+
+def _use_plugins() -> None:
+    """Name our plugins in VLLM_PLUGINS without switching others off."""
+    named = vllm_plugins_in_environment()
+    if named is None:
+        named = [
+            plugin.name
+            for group in _PLUGIN_GROUPS
+            for plugin in importlib.metadata.entry_points(group=group)
+        ]
+    set_vllm_plugins(list(dict.fromkeys([*named, PLUGIN_NAME])))
+
+
+def _parse(argv: list[str]) -> tuple[Any, Namespace]:
+    """Parse with vLLM's own serve parser."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="memos-vllm")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    return command, parser.parse_args(["serve", *argv])
+
+
+def _with_model_folder(argv: list[str]) -> list[str]:
+    """Replace a short model name, such as smollm2-135m-instruct, by its prepared folder."""
+    from memos_vllm.models.prepare import KNOWN_MODELS, prepare
+
+    if argv and argv[0] in KNOWN_MODELS and not Path(argv[0]).exists():
+        folder = prepare(argv[0], progress=lambda line: print(line, file=sys.stderr))
+        return [str(folder), *argv[1:], *_served_name(argv)]
+    return argv
+
+
+def _served_name(argv: list[str]) -> list[str]:
+    """Serve a short model name under that name, unless the user chose another."""
+    if any(arg.replace("_", "-").startswith("--served-model-name") for arg in argv):
+        return []
+    return ["--served-model-name", argv[0]]
+
+
+def _names_failure_policy(argv: Sequence[str]) -> bool:
+    return any("kv_load_failure_policy" in arg or "kv-load-failure-policy" in arg for arg in argv)

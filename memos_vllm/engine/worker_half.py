@@ -1,0 +1,327 @@
+"""The half of the connector that runs in each worker and moves KV.
+
+Loads and saves run in background threads. A page that a load writes belongs to a request that
+waits for it; a page that a save reads is complete and referenced. So neither races with the
+model, and the model never waits for either.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from memos_vllm.activation.store import (
+    ArtifactManifest,
+    ArtifactReader,
+    ArtifactStore,
+    ArtifactUnreadable,
+    ShardEntry,
+    ShardLayout,
+)
+from memos_vllm.engine.transfer import (
+    LoadJob,
+    LoadReport,
+    SaveJob,
+    SaveReport,
+    StepReport,
+)
+from memos_vllm.errors import ArtifactError, ArtifactMissing, FingerprintMismatch
+from memos_vllm_kernels import KernelInputError, KvPages, slot_mapping, tensor_over, unpinned_thread
+
+logger = logging.getLogger(__name__)
+
+# Saving yields the cores to the model: lowest priority but one.
+_SAVER_NICENESS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class RankShape:
+    """Which part of the model's KV this rank holds.
+
+    Attributes:
+        layer_start: index of the first of this rank's attention layers in the whole model.
+        head_start: index of the first of this rank's KV heads.
+        saves: False on ranks whose heads are replicas of another rank's.
+    """
+
+    layer_start: int
+    head_start: int
+    saves: bool = True
+
+
+class WorkerHalf:
+    """Imports and exports this rank's pages.
+
+    Args:
+        store: opened for reading; saves write shards, the scheduler half commits them.
+        rank: this rank's part of the model.
+        open_pages: makes the page view; called once, at the first job, when vLLM has chosen
+            its attention kernels.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: ArtifactStore,
+        rank: RankShape,
+        open_pages: Callable[[], KvPages],
+        block_size: int,
+        allow_portable: bool = False,
+    ) -> None:
+        self._store = store
+        self._rank = rank
+        self._open_pages = open_pages
+        self._block_size = block_size
+        self._allow_portable = allow_portable
+        self._pages: KvPages | None = None
+        self._lock = threading.Lock()
+        self._loads_done: list[LoadReport] = []
+        self._saves_done: list[SaveReport] = []
+        self._report = StepReport()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="memos-load")
+        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="memos-verify")
+        self._saver = ThreadPoolExecutor(
+            1, thread_name_prefix="memos-save", initializer=_lower_priority
+        )
+
+    def start_loads(self, jobs: Sequence[LoadJob]) -> None:
+        """Queue loads; returns at once."""
+        for job in jobs:
+            self._loader.submit(self._load, job)
+
+    def start_saves(self, jobs: Sequence[SaveJob]) -> None:
+        """Queue saves of KV that the steps so far have computed; returns at once."""
+        for job in jobs if self._rank.saves else ():
+            self._saver.submit(self._save, job)
+
+    def finished_loads(self) -> tuple[set[str], set[str]]:
+        """Request ids whose load ended since the last call, and those of them that failed."""
+        with self._lock:
+            loads, self._loads_done = self._loads_done, []
+            saves, self._saves_done = self._saves_done, []
+        self._report.loads += loads
+        self._report.saves += saves
+        return (
+            {report.request_id for report in loads},
+            {report.request_id for report in loads if report.error is not None},
+        )
+
+    def take_report(self) -> StepReport | None:
+        """What ended since the last call, or None."""
+        report, self._report = self._report, StepReport()
+        return report if report.loads or report.saves else None
+
+    def shutdown(self) -> None:
+        """End the threads; a save that has not started is dropped, one under way ends."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        self._verifier.shutdown(wait=True, cancel_futures=True)
+        self._saver.shutdown(wait=True, cancel_futures=True)
+
+    # --- loading ------------------------------------------------------------------------
+
+    def _load(self, job: LoadJob) -> None:
+        started = time.perf_counter()
+        num_bytes, error, unusable = 0, None, False
+        try:
+            num_bytes = self._import(job)
+        except (ArtifactUnreadable, KernelInputError, OSError, RuntimeError) as failure:
+            error = str(failure)
+        except ArtifactError as failure:
+            error, unusable = str(failure), True
+        except Exception as failure:
+            logger.exception("memos: loading artifact %s failed", job.artifact)
+            error = repr(failure)
+        report = LoadReport(
+            job.request_id,
+            job.artifact,
+            num_bytes,
+            time.perf_counter() - started,
+            error=error,
+            unusable=unusable,
+        )
+        with self._lock:
+            self._loads_done.append(report)
+
+    def _import(self, job: LoadJob) -> int:
+        """Verify and copy; returns the bytes copied. Raises when anything is wrong."""
+        if not job.artifact:
+            raise ArtifactMissing("(unknown)", "it was evicted before the load began")
+        pages = self._opened_pages()
+        manifest = self._store.read_manifest(job.artifact)
+        self._check(manifest, job, dtype=str(pages.geometry.dtype).removeprefix("torch."))
+        first, end = job.first_token, job.first_token + job.num_tokens
+        slots = slot_mapping(
+            torch.tensor(job.block_ids, dtype=torch.int64),
+            self._block_size,
+            num_tokens=job.num_tokens,
+        ).to(pages.device)
+        geometry = pages.geometry
+        rank = self._rank
+        layers = range(rank.layer_start, rank.layer_start + pages.num_layers)
+        heads = range(rank.head_start, rank.head_start + geometry.num_kv_heads)
+        with (
+            unpinned_thread(),
+            self._store.open_shards(manifest, layers=layers, heads=heads) as reader,
+            closing(self._verified(reader, layers, num_tokens=end)) as verified,
+        ):
+            for index, layer in enumerate(verified):
+                raw = reader.layer(layer, num_tokens=end)
+                # Each half is contiguous in the file; both together only when all is loaded.
+                key, value = (_as_tensor(half, geometry.dtype)[first:] for half in raw)
+                key, value = key.to(pages.device), value.to(pages.device)
+                pages.import_range(index, key, value, slots)
+        return job.num_tokens * geometry.token_bytes * pages.num_layers
+
+    def _verified(
+        self, reader: ArtifactReader, layers: Sequence[int], *, num_tokens: int
+    ) -> Generator[int, None, None]:
+        """Yield each layer once it is verified, while the next ones are verified already.
+
+        Hashing takes as long as copying, and both release the GIL.
+        """
+        outcomes: list[Future[None]] = [Future() for _ in layers]
+        stop = threading.Event()
+
+        def verify_ahead() -> None:
+            with unpinned_thread():
+                for layer, outcome in zip(layers, outcomes, strict=True):
+                    if stop.is_set():
+                        return
+                    try:
+                        reader.verify_layer(layer, num_tokens=num_tokens)
+                    except (ArtifactError, OSError) as failure:
+                        outcome.set_exception(failure)
+                        return
+                    outcome.set_result(None)
+
+        ahead = self._verifier.submit(verify_ahead)
+        try:
+            for layer, outcome in zip(layers, outcomes, strict=True):
+                wait([outcome, ahead], return_when=FIRST_COMPLETED)
+                if not outcome.done():
+                    # The verifier ended without a word about this layer: its own error.
+                    ahead.result()
+                outcome.result()
+                yield layer
+        finally:
+            # The reader is closed next, and must not be read any more.
+            stop.set()
+            wait([ahead])
+
+    def _check(self, manifest: ArtifactManifest, job: LoadJob, *, dtype: str) -> None:
+        found, expected = manifest.identity, job.identity
+        if (found.scope, found.fingerprint, found.renderer_version) != (
+            expected.scope,
+            expected.fingerprint,
+            expected.renderer_version,
+        ):
+            raise FingerprintMismatch(
+                manifest.key,
+                expected=f"model {expected.fingerprint[:16]}",
+                found=f"model {found.fingerprint[:16]}",
+            )
+        if found.numerics != expected.numerics and not self._allow_portable:
+            raise FingerprintMismatch(
+                manifest.key, expected=expected.numerics, found=found.numerics
+            )
+        for shard in manifest.shards:
+            # As wide, bfloat16 would pass for float16, and mean other numbers.
+            if shard.layout.dtype != dtype:
+                raise FingerprintMismatch(
+                    manifest.key, expected=f"{dtype} KV", found=f"{shard.layout.dtype} KV"
+                )
+        if manifest.num_tokens < job.first_token + job.num_tokens:
+            raise ArtifactUnreadable(manifest.key, "it holds fewer tokens than were planned")
+
+    # --- saving -------------------------------------------------------------------------
+
+    def _save(self, job: SaveJob) -> None:
+        started = time.perf_counter()
+        shard, error = None, None
+        try:
+            shard = self._export(job)
+        except (ArtifactError, KernelInputError, OSError, RuntimeError) as failure:
+            error = str(failure)
+        except Exception as failure:
+            logger.exception("memos: saving a prefix failed")
+            error = repr(failure)
+        report = SaveReport(job.save_id, shard, time.perf_counter() - started, error=error)
+        with self._lock:
+            self._saves_done.append(report)
+
+    def _export(self, job: SaveJob) -> ShardEntry:
+        pages = self._opened_pages()
+        geometry = pages.geometry
+        num_tokens = len(job.token_ids)
+        layout = ShardLayout(
+            layer_start=self._rank.layer_start,
+            num_layers=pages.num_layers,
+            head_start=self._rank.head_start,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            dtype=str(geometry.dtype).removeprefix("torch."),
+        )
+        blocks = _kernel_blocks(job.block_ids, self._block_size, geometry.block_size)
+        staging = torch.empty(
+            (2, num_tokens, geometry.num_kv_heads, geometry.head_dim),
+            dtype=geometry.dtype,
+            device=pages.device,
+        )
+        with (
+            unpinned_thread(),
+            self._store.begin_shard(job.identity, job.token_ids, layout) as writer,
+        ):
+            for index in range(pages.num_layers):
+                pages.export_range(
+                    index,
+                    blocks.to(pages.device),
+                    num_tokens=num_tokens,
+                    key_out=staging[0],
+                    value_out=staging[1],
+                )
+                writer.write_layer(layout.layer_start + index, _as_array(staging))
+            return writer.finish()
+
+    def _opened_pages(self) -> KvPages:
+        with self._lock:
+            if self._pages is None:
+                self._pages = self._open_pages()
+            return self._pages
+
+
+def _kernel_blocks(block_ids: Sequence[int], block_size: int, kernel_size: int) -> torch.Tensor:
+    """The blocks of the page tensor: vLLM may split a block for its attention kernel."""
+    ids = torch.tensor(block_ids, dtype=torch.int64)
+    ratio = block_size // kernel_size
+    if ratio == 1:
+        return ids
+    return (ids[:, None] * ratio + torch.arange(ratio)).flatten()
+
+
+def _as_tensor(raw: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor over an array's bytes; the array is contiguous, and may be read-only."""
+    return tensor_over(np.ascontiguousarray(raw).data, dtype, raw.shape)
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor as integers of the same width, which numpy knows."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
+    array: np.ndarray = tensor.cpu().view(integers).numpy()
+    return array
+
+
+def _lower_priority() -> None:
+    """Make the calling thread yield to others; Linux keeps niceness per thread."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SAVER_NICENESS)
+    except (AttributeError, PermissionError, OSError):
+        logger.debug("memos: this platform keeps the saver at normal priority")

@@ -1,0 +1,167 @@
+"""A server as a child process: for the demo, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from memos_vllm.errors import MemosError
+
+_POLL_SECONDS = 0.25
+_STOP_SECONDS = 30.0
+_LOG_TAIL_LINES = 25
+
+
+class ServerFailed(MemosError):
+    """The child ended, or was not ready in time; the message ends with its last log lines."""
+
+
+class ServerProcess:
+    """One server and every process that it starts, in a process group of their own.
+
+    Args:
+        command: the argument vector; the port is appended as `--port`.
+        log_path: where stdout and stderr go; appended to, so restarts share it.
+        environment: added to this process's.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        port: int | None = None,
+    ) -> None:
+        self._command = list(command)
+        self._environment = {**os.environ, **(environment or {})}
+        self._child: subprocess.Popen[bytes] | None = None
+        self.log_path = log_path
+        self.port = port or free_port()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None, "not started"
+        return self._child.pid
+
+    def start(self, *, timeout_seconds: float = 240.0) -> Self:
+        """Start and wait until it answers.
+
+        Raises:
+            ServerFailed: it ended or was not ready in time; nothing of it is left.
+        """
+        with self.log_path.open("ab") as log:
+            self._child = subprocess.Popen(
+                [*self._command, "--port", str(self.port)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready(time.monotonic() + timeout_seconds)
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """End it as Ctrl-C does; kill what does not end."""
+        if self._child is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(_STOP_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill -9 it and all its children, and wait until they are gone."""
+        if self._child is None:
+            return
+        # Children stay in the group; vLLM's own start sessions only for nested servers.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+        self._child.wait()
+        deadline = time.monotonic() + _STOP_SECONDS
+        while _group_lives(self._child.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._child = None
+
+    def log_tail(self) -> str:
+        """The last lines that it wrote."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = self.log_path.read_text(errors="replace").splitlines()
+            return "\n".join(lines[-_LOG_TAIL_LINES:])
+        return ""
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        assert self._child is not None
+        while time.monotonic() < deadline:
+            if self._child.poll() is not None:
+                raise ServerFailed(
+                    f"the server ended with exit code {self._child.returncode}:\n{self.log_tail()}"
+                )
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health", timeout=2.0).status_code == httpx.codes.OK:
+                    return
+            time.sleep(_POLL_SECONDS)
+        raise ServerFailed(f"the server was not ready in time:\n{self.log_tail()}")
+
+
+def memos_command(model: str, *options: str) -> list[str]:
+    """The argument vector of `memos-vllm serve` in this Python."""
+    return [sys.executable, "-m", "memos_vllm.cli.main", "serve", model, *options]
+
+
+def plain_vllm_command(model: str, *options: str) -> list[str]:
+    """The argument vector of vLLM's own server, without us."""
+    module = "vllm.entrypoints.openai.api_server"
+    return [sys.executable, "-m", module, "--model", model, "--host", "127.0.0.1", *options]
+
+
+def free_port() -> int:
+    """A port of the loopback address that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _group_lives(group: int) -> bool:
+    """Whether a process of the group still runs; zombies of other parents do not count."""
+    return any(state != "Z" for state in _group_states(group))
+
+
+def _group_states(group: int) -> Iterator[str]:
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                yield fields[0]
