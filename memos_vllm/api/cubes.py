@@ -34,7 +34,9 @@ def _resident_tokens(call: Call, cube_id: str) -> int:
 
 def _reply(call: Call, cube: Cube) -> CubeReply:
     reply = CubeReply.model_validate(cube)
-    reply.activation.resident_tokens = _resident_tokens(call, cube.id)
+    # KV of what was demoted or edited stays in the pool for a while and is of no use any more.
+    resident = _resident_tokens(call, cube.id)
+    reply.activation.resident_tokens = min(resident, reply.activation.tokens)
     return reply
 
 

@@ -28,7 +28,7 @@ _TEMPLATE_FIELDS = (
     "tool_choice",
     "tools",
 )
-_MAX_HEADS = 1024
+_MAX_HEADS = 128
 # A head that does not fit a prompt (the date in the template has moved, say) is looked for
 # again, but not with every request of a template that moves it always.
 _REPROBE_SECONDS = 60.0

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memos_vllm.api.error_table import error_response
-from memos_vllm.engine.options import MemoryOptions, parse_cube_ids, parse_options
 from memos_vllm.engine.heads import (
     _MAX_HEADS,
     HeadCache,
@@ -20,6 +19,7 @@ from memos_vllm.engine.heads import (
     is_usual,
     variant_key,
 )
+from memos_vllm.engine.options import MemoryOptions, parse_cube_ids, parse_options
 from memos_vllm.engine.protocol import MemoryChatRequest
 from memos_vllm.errors import InvalidRequest
 
