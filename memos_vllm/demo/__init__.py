@@ -1,0 +1,1 @@
+"""The demo: an invented company's handbook, questions about it, and how to run them."""
