@@ -124,15 +124,18 @@ class ServerProcess:
 
     def _wait_until_ready(self, deadline: float) -> None:
         assert self._child is not None
-        while time.monotonic() < deadline:
-            if self._child.poll() is not None:
-                raise ServerFailed(
-                    f"the server ended with exit code {self._child.returncode}:\n{self.log_tail()}"
-                )
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", timeout=2.0).status_code == httpx.codes.OK:
-                    return
-            time.sleep(_POLL_SECONDS)
+        # One client: making one loads certificates, which takes longer than the request.
+        with httpx.Client(base_url=self.url, timeout=2.0, trust_env=False) as client:
+            while time.monotonic() < deadline:
+                if self._child.poll() is not None:
+                    raise ServerFailed(
+                        f"the server ended with exit code {self._child.returncode}:\n"
+                        f"{self.log_tail()}"
+                    )
+                with contextlib.suppress(httpx.HTTPError):
+                    if client.get("/health").status_code == httpx.codes.OK:
+                        return
+                time.sleep(_POLL_SECONDS)
         raise ServerFailed(f"the server was not ready in time:\n{self.log_tail()}")
 
 
