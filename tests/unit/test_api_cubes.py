@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from api_harness import Served, error_of, serve
 
+from memos_vllm.domain.access import LOCAL_ADMIN
+from memos_vllm.domain.artifact import ActivationState, ArtifactRecord
+from memos_vllm.domain.ids import ArtifactId
+from memos_vllm.domain.memory import Tier
 from memos_vllm.errors import Unavailable
 
 
@@ -202,13 +207,38 @@ async def test_files_that_cannot_be_removed_are_not_called_removed(served: Serve
     assert reply.headers["retry-after"] == "7"
 
 
-async def test_resident_tokens_are_the_engines_report(served: Served) -> None:
+async def test_resident_tokens_are_the_engines_report_and_never_more_than_the_cube_has(
+    served: Served,
+) -> None:
     await served.cube()
+    await served.memories("one")
     served.gateway.resident["acme"] = 384
-    cube = (await served.client.get("/v1/memcubes/acme")).json()
-    assert cube["activation"]["resident_tokens"] == 384
+    assert (await resident_tokens(served)) == 0
+    served.mos.promote(LOCAL_ADMIN, "acme", to=Tier.ACTIVATION, memory_ids=None)
+    (snapshot,) = served.mos.snapshots(LOCAL_ADMIN, ["acme"])
+    served.mos.record_artifact(
+        ArtifactRecord(
+            id=ArtifactId("key"),
+            cube_id=snapshot.id,
+            kind="kv-prefix",
+            head_key="head",
+            scope="5c",
+            tokens=400,
+            bytes=1,
+            memory_versions=tuple((memory.id, memory.version) for memory in snapshot.memories),
+            state=ActivationState.READY,
+            created_at=datetime.now(UTC),
+            cube_version=snapshot.version,
+        )
+    )
+    assert (await resident_tokens(served)) == 384
     stats = (await served.client.get("/v1/memcubes/acme/stats")).json()
     assert stats["resident_tokens"] == 384
+
+
+async def resident_tokens(served: Served) -> int:
+    cube = (await served.client.get("/v1/memcubes/acme")).json()
+    return int(cube["activation"]["resident_tokens"])
 
 
 async def test_stats_count_the_tiers(served: Served) -> None:
