@@ -502,7 +502,9 @@ class SchedulerHalf:
         )
         if report.unusable:
             self._store.forget(report.artifact)
-            self._housekeeper.submit(self._store.quarantine, report.artifact, reason=report.error)
+            # Right here, though it costs milliseconds: the file that the coming save writes has
+            # the same name, being of the same content, and must not be the one set aside.
+            self._store.quarantine(report.artifact, reason=report.error)
 
     def _end_load(self, request_id: str) -> LoadJob | None:
         job = self._loads.pop(request_id, None)

@@ -24,8 +24,10 @@ OPTIONS = ("--enable-prompt-tokens-details", "--max-model-len", "2048")
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 
 _REQUEST_SECONDS = 600.0
-_FLOOD_PROMPT_TOKENS = 1500
-_FLOOD_CONCURRENCY = 4
+# Two prompts of a fifth of the pool at once: the flood turns the pool over, but does not need
+# all of it at any time, since serving would then rightly take memory's blocks too.
+_FLOOD_CONCURRENCY = 2
+_FLOOD_PROMPT_FRACTION = 5
 _STORE_SECONDS = 60.0
 
 
@@ -73,11 +75,11 @@ class MemoryServer:
 
     def flood(self, *, times_the_pool: int) -> None:
         """Send prompts that share nothing, in all some times what the KV pool holds."""
-        wanted = times_the_pool * self.pool_tokens
-        words = random.Random(wanted)
+        pool = self.pool_tokens
+        words = random.Random(pool)
         prompts = [
-            [words.randrange(100, 40_000) for _ in range(_FLOOD_PROMPT_TOKENS)]
-            for _ in range(-(-wanted // _FLOOD_PROMPT_TOKENS))
+            [words.randrange(100, 40_000) for _ in range(pool // _FLOOD_PROMPT_FRACTION)]
+            for _ in range(times_the_pool * _FLOOD_PROMPT_FRACTION + 1)
         ]
         with ThreadPoolExecutor(_FLOOD_CONCURRENCY) as threads:
             list(threads.map(lambda ids: self.asker.prefill(ids, salt=fresh_salt()), prompts))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from memory_server import MemoryServer, memory_chats
 from prompts import QUESTIONS, composed_messages
-from yardstick import Answer, Comparison, Yardstick, chance_of, cold, compare, measure
+from yardstick import Answer, Comparison, Yardstick, chance_of, cold, compare, measure, table
 
 pytestmark = pytest.mark.server
 
@@ -28,6 +28,7 @@ OPTIONS = ("--dtype", "bfloat16", "--num-gpu-blocks-override", "44")
 UNLIKELY = 0.01
 
 Launch = Callable[..., MemoryServer]
+Note = Callable[[str], None]
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,13 @@ def server(launch: Launch) -> MemoryServer:
 
 
 @pytest.fixture(scope="module")
-def measured(server: MemoryServer) -> tuple[Yardstick, dict[str, list[Answer]]]:
+def measured(server: MemoryServer, note: Note) -> tuple[Yardstick, dict[str, list[Answer]]]:
     """Plain vLLM against itself; its warm runs have cached what a bake computes."""
     answer = server.asker.ask(memory_chats(BAKED)[0])
     baked_prompt = answer.prompt_ids[: answer.memory_tokens + 1]
-    return measure(server.asker, CONVERSATIONS, head=baked_prompt)
+    yardstick, runs = measure(server.asker, CONVERSATIONS, head=baked_prompt)
+    note(table(yardstick))
+    return yardstick, runs
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +95,13 @@ def test_the_yardstick_is_worth_its_name(
 
 
 def test_computed_memory_is_as_near_to_a_plain_prefill_as_plain_vllm_is(
-    server: MemoryServer, yardstick: Yardstick, from_scratch: list[Answer]
+    server: MemoryServer, yardstick: Yardstick, from_scratch: list[Answer], note: Note
 ) -> None:
     run = server.asker.ask_all(memory_chats(*CUBES))
     assert sources(run) == {"computed"}
-    assert_within(yardstick, compare(run, from_scratch))
+    comparison = compare(run, from_scratch)
+    note(f"memory computed, concurrent / cold: {comparison}")
+    assert_within(yardstick, comparison)
 
 
 def test_resident_memory_equals_the_warm_prefix_cache(
@@ -130,11 +135,13 @@ def test_loaded_memory_equals_the_warm_prefix_cache(
 
 
 def test_concurrent_memory_is_as_near_to_a_plain_prefill_as_plain_vllm_is(
-    server: MemoryServer, yardstick: Yardstick, from_scratch: list[Answer]
+    server: MemoryServer, yardstick: Yardstick, from_scratch: list[Answer], note: Note
 ) -> None:
     """Sixteen at once, four of them plain; first loaded by one chat and shared by the others."""
     answers = server.asker.ask_all([*cold(CONVERSATIONS[:4]), *memory_chats(BAKED)])
     run = [answer for answer in answers if answer.source is not None]
     assert "store" in sources(run)
     assert sources(run) <= {"store", "resident"}
-    assert_within(yardstick, compare(run, from_scratch))
+    comparison = compare(run, from_scratch)
+    note(f"memory loaded, 16 at once / cold: {comparison}")
+    assert_within(yardstick, comparison)

@@ -37,8 +37,8 @@ def default(launch: Launch) -> MemoryServer:
 
 @pytest.fixture(scope="module")
 def from_scratch(default: MemoryServer) -> list[Answer]:
-    """Plain chats, one by one, of which nothing was cached."""
-    return default.asker.ask_each(cold(CONVERSATIONS))
+    """Plain chats of which nothing was cached, what every state is held against."""
+    return default.asker.ask_all(cold(CONVERSATIONS))
 
 
 def assert_equal(run: Sequence[Answer], reference: Sequence[Answer]) -> None:
@@ -56,7 +56,8 @@ def test_plain_vllm_is_batch_invariant_in_float32(
 ) -> None:
     """The ground that the equalities below stand on: a batch changes no greedy token."""
     assert {answer.cached_tokens for answer in from_scratch} <= {0, None}
-    assert_equal(default.asker.ask_all(cold(CONVERSATIONS)), from_scratch)
+    one_by_one = default.asker.ask_each(cold(CONVERSATIONS[:4]))
+    assert_equal(one_by_one, from_scratch[:4])
 
 
 class TestDefault:

@@ -42,7 +42,10 @@ TOOLS = [
 def cube(server: Any) -> Iterator[str]:
     """A promoted cube for the tests that only read; its KV is resident."""
     with httpx.Client(base_url=server.url, timeout=180.0, trust_env=False) as client:
-        yield make_cube(client, "chat")[0]
+        cube_id, _ = make_cube(client, "chat")
+        # In bfloat16 an answer may depend on how much was cached; from here on, all of it.
+        ask(client, cube_id)
+        yield cube_id
 
 
 # --- naming cubes --------------------------------------------------------------------------
@@ -112,7 +115,9 @@ def test_baked_memory_is_resident_and_otherwise_loaded_from_the_store(http: http
     assert activation(resident)["source"] == "resident"
     whole_blocks = activation(loaded)["tokens"] // BLOCK_TOKENS * BLOCK_TOKENS
     assert activation(loaded)["cached_tokens"] == whole_blocks
-    assert text_of(baked) == text_of(loaded) == text_of(resident)
+    # With the same blocks cached the answers are the same, wherever these came from.
+    assert activation(baked)["cached_tokens"] == whole_blocks
+    assert text_of(baked) == text_of(loaded)
 
 
 def test_a_chat_that_comes_before_the_bake_still_has_the_memory(http: httpx.Client) -> None:
