@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from models import tiny_model
 
 pytestmark = pytest.mark.server
 
@@ -46,7 +45,6 @@ def findings(
 ) -> dict[tuple[str, str, int], Findings]:
     """What the probe found in each case, all in one process of its own."""
     folder = tmp_path_factory.mktemp("pages")
-    tiny_model = _tiny_model()
     models = {"smollm2": model_folder}
     for head_dim in (64, 80):
         name = f"head_dim_{head_dim}"
@@ -115,14 +113,3 @@ def test_the_cases_cover_every_packing_of_this_machine(
 ) -> None:
     isas = {found["isa"] for found in findings.values()}
     assert {"vec", "vec16"} <= isas
-
-
-def _tiny_model() -> Callable[..., Path]:
-    """tests/models.py, which is no package and lies one folder up."""
-    path = Path(__file__).parents[1] / "models.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.tiny_model  # type: ignore[no-any-return]
