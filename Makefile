@@ -34,8 +34,11 @@ install: $(PROJECT_STAMP) ## Make .venv with vLLM and this project
 demo: $(PROJECT_STAMP) ## Show memory at work on a real server, with times
 	@$(BIN)/memos-vllm demo --data-dir $(DEMO_DIR) $(DEMO_ARGS)
 
-test: $(PROJECT_STAMP) ## Run all tests, the fast ones first
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(PROJECT_STAMP) ## Run unit tests, then tests against real servers
+	$(BIN)/python -m pytest tests/unit tests/server $(PYTEST_ARGS)
+
+exactness: $(PROJECT_STAMP) ## Compare answers and KV pages with plain vLLM, in every state
+	$(BIN)/python -m pytest tests/exactness $(PYTEST_ARGS)
 
 lint: $(PROJECT_STAMP) ## Check format, style and types
 	$(BIN)/ruff format --check .
