@@ -42,6 +42,7 @@ class Pool(Protocol):
 
     def touch(self, blocks: Any) -> None: ...
     def free_blocks(self, ordered_blocks: Any) -> None: ...
+    def evict_blocks(self, block_ids: set[int]) -> None: ...
 
 
 class Pin(NamedTuple):
@@ -147,9 +148,17 @@ class Residency:
             self._crowded = self._unbalanced = True
             self._rebalance(now)
 
-    def forget_scope(self, scope: str) -> None:
-        """Stop keeping everything of a scope; its blocks age out like any other."""
+    @property
+    def scopes(self) -> frozenset[str]:
+        """Scopes of the remembered prefixes."""
+        return frozenset(prefix.scope for prefix in self._prefixes.values())
+
+    def erase_scope(self, scope: str) -> None:
+        """Forget everything of a scope, and take its blocks out of the prefix cache."""
         for prefix in [p for p in self._prefixes.values() if p.scope == scope]:
+            ours = {pin.block_id for pin in prefix.pins if self._is_ours(pin)}
+            if self._pool is not None:
+                self._pool.evict_blocks(ours)
             self._forget(prefix)
 
     def clear(self) -> None:

@@ -13,6 +13,7 @@ import anyio
 from fastapi import Depends, Header, Request, Response
 
 from memos_vllm.api.context import Call
+from memos_vllm.domain.reply import StoredReply
 from memos_vllm.errors import InvalidRequest
 
 REPLAYED_HEADER = "Idempotent-Replayed"
@@ -44,28 +45,48 @@ async def _if_match(
 IfMatch = Annotated[int | None, Depends(_if_match)]
 
 
-async def answer_once(
-    call: Call, act: Callable[[], Awaitable[Response]], *, takes_seconds: float = 0.0
-) -> Response:
+async def answer_once(call: Call, act: Callable[[], Response]) -> Response:
     """Run `act`, or repeat the answer that its Idempotency-Key got the first time.
 
-    Requests with one key wait for each other, so of several at once one acts and the others repeat
-    its answer; at another API server of the same catalog they get a 409 until the answer is there.
     Only success is kept: a refused request changed nothing and may be sent again.
 
     Args:
-        takes_seconds: how long `act` may wait for something, on top of its own work.
+        act: changes the catalog, and nothing else; runs in a worker thread. The change and the
+            answer are committed together.
     Raises:
         Conflict: the key was used with another method, path or body.
     """
-    key = call.request.headers.get("idempotency-key")
+    key = _key(call)
+    if key is None:
+        return await call.api.run(act)
+    fingerprint = await call.api.run(_fingerprint, call.request, await call.request.body())
+
+    first: list[Response] = []
+
+    def answer() -> StoredReply:
+        first.append(act())
+        return StoredReply(first[0].status_code, bytes(first[0].body))
+
+    async with call.api.locks.hold((call.actor.id, key)):
+        reply = await call.api.run(call.mos.answer_once, call.actor, key, fingerprint, answer)
+    return first[0] if first else _repeated(reply)
+
+
+async def answer_job_once(
+    call: Call, act: Callable[[], Awaitable[Response]], *, takes_seconds: float
+) -> Response:
+    """As `answer_once`, for an `act` that starts a job and may wait for its end.
+
+    Requests with one key wait for each other; at another API server of the same catalog they get
+    a 409 until the answer is there. After a crash in between, the same request may start a second
+    job, which finds the work done.
+
+    Args:
+        takes_seconds: how long `act` may wait, on top of its own work.
+    """
+    key = _key(call)
     if key is None:
         return await act()
-    if _KEY.fullmatch(key) is None:
-        raise InvalidRequest(
-            "Idempotency-Key must be 1 to 255 printable ASCII characters without spaces",
-            param="Idempotency-Key",
-        )
     fingerprint = await call.api.run(_fingerprint, call.request, await call.request.body())
     async with call.api.locks.hold((call.actor.id, key)):
         stored = await call.api.run(
@@ -76,13 +97,27 @@ async def answer_once(
             hold_seconds=_HOLD_SECONDS + takes_seconds,
         )
         if stored is not None:
-            return Response(
-                stored.body,
-                status_code=stored.status,
-                headers={REPLAYED_HEADER: "true"},
-                media_type="application/json",
-            )
+            return _repeated(stored)
         return await _act_and_store(call, act, key=key, fingerprint=fingerprint)
+
+
+def _key(call: Call) -> str | None:
+    key = call.request.headers.get("idempotency-key")
+    if key is not None and _KEY.fullmatch(key) is None:
+        raise InvalidRequest(
+            "Idempotency-Key must be 1 to 255 printable ASCII characters without spaces",
+            param="Idempotency-Key",
+        )
+    return key
+
+
+def _repeated(reply: StoredReply) -> Response:
+    return Response(
+        reply.body,
+        status_code=reply.status,
+        headers={REPLAYED_HEADER: "true"},
+        media_type="application/json",
+    )
 
 
 async def _act_and_store(

@@ -62,7 +62,7 @@ async def create_cube(call: CurrentCall, body: CubeInput | None = None) -> Respo
         )
         return render(_reply(call, created), status=201)
 
-    return await answer_once(call, lambda: call.api.run(create))
+    return await answer_once(call, create)
 
 
 @router.get(

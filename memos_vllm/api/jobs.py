@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 
 from memos_vllm.api import examples
-from memos_vllm.api.conditions import answer_once
+from memos_vllm.api.conditions import answer_job_once
 from memos_vllm.api.context import Call, CurrentCall
 from memos_vllm.api.error_table import describe_error
 from memos_vllm.api.replies import JobReply, ListReply, render
@@ -53,7 +53,7 @@ async def promote(call: CurrentCall, cube_id: PathId, body: PromoteInput) -> Res
         )
         return await _settle(call, job, wait_seconds=body.wait_seconds)
 
-    return await answer_once(call, act, takes_seconds=body.wait_seconds)
+    return await answer_job_once(call, act, takes_seconds=body.wait_seconds)
 
 
 @router.post(
@@ -72,7 +72,7 @@ async def demote(call: CurrentCall, cube_id: PathId, body: DemoteInput) -> Respo
         )
         return await _settle(call, job, wait_seconds=body.wait_seconds)
 
-    return await answer_once(call, act, takes_seconds=body.wait_seconds)
+    return await answer_job_once(call, act, takes_seconds=body.wait_seconds)
 
 
 @router.get(

@@ -52,7 +52,7 @@ async def add_memories(call: CurrentCall, cube_id: PathId, body: MemoriesInput) 
         data = [MemoryReply.model_validate(memory) for memory in added]
         return render(ListReply[MemoryReply](data=data), status=201)
 
-    return await answer_once(call, lambda: call.api.run(add))
+    return await answer_once(call, add)
 
 
 @router.get(
@@ -180,7 +180,7 @@ async def archive_memory(
     def archive() -> Response:
         return _render(call.mos.archive_memory(call.actor, cube_id, memory_id, if_match=if_match))
 
-    return await answer_once(call, lambda: call.api.run(archive))
+    return await answer_once(call, archive)
 
 
 @router.post(
@@ -197,7 +197,7 @@ async def restore_memory(
     def restore() -> Response:
         return _render(call.mos.restore_memory(call.actor, cube_id, memory_id, if_match=if_match))
 
-    return await answer_once(call, lambda: call.api.run(restore))
+    return await answer_once(call, restore)
 
 
 @router.get(

@@ -6,6 +6,9 @@ would answer without the memory that the caller asked for. `kv_transfer_params`,
 would read it, is removed and counted: only our own serving code may attach a ticket, and it does
 so behind this guard. Forms (audio uploads) are streamed through unread: their answer to forged
 parameters is the ticket's signature.
+
+vLLM's development routes that put other weights into the running model are refused: stored KV is
+named by the weights that the server started with.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memos_vllm.api.body_guard import GuardedBody, UnreadableBodyError, guard_body, is_suspect
 from memos_vllm.api.error_table import error_response
-from memos_vllm.errors import InvalidRequest, MemosError, TooLarge
+from memos_vllm.errors import Conflict, InvalidRequest, MemosError, TooLarge
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,19 @@ OWN_PREFIX = "/v1/memcubes"
 
 # A body that must be parsed is held several times over; 64 MiB is far above any honest prompt.
 MAX_INSPECTED_BYTES = 64 * 1024 * 1024
+
+# Of VLLM_SERVER_DEV_MODE.
+_WEIGHT_ROUTES = frozenset(
+    {
+        "/init_weight_transfer_engine",
+        "/start_weight_update",
+        "/start_draft_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/weight_checker",
+    }
+)
+_REMOTE_CALL_ROUTE = "/collective_rpc"
 
 TRANSFER_PARAMS_DROPPED = "transfer_params_dropped"
 MEMORY_FIELDS_REFUSED = "memory_fields_refused"
@@ -83,7 +99,13 @@ def _inspect(body: bytes, scope: Scope, path: str) -> GuardedBody | None:
     Raises:
         InvalidRequest: memory fields on a route that does not take them, or unreadable JSON.
         TooLarge: a body that has to be parsed and is over `MAX_INSPECTED_BYTES`.
+        Conflict: it would change the model's weights.
     """
+    if path in _WEIGHT_ROUTES or (path == _REMOTE_CALL_ROUTE and b"weights" in body):
+        raise Conflict(
+            "memory that is stored or in attention was computed with the weights that this server "
+            "started with; to serve others, restart it with them"
+        )
     takes_memory = path == CHAT_PATH
     if not is_suspect(body, memory_fields=not takes_memory):
         return None

@@ -47,6 +47,7 @@ class Catalog:
             self._reader = engine.execution_options(isolation_level="REPEATABLE READ")
             self._turn = nullcontext()
         self._writer = engine.execution_options(**{_WRITER: True})
+        self._joined = threading.local()
 
     @classmethod
     def open(cls, url: str, *, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS) -> Catalog:
@@ -81,6 +82,9 @@ class Catalog:
         Raises:
             Unavailable: the database does not answer.
         """
+        if (joined := self._joined_session()) is not None:
+            yield joined
+            return
         with _as_unavailable(), Session(self._reader, expire_on_commit=False) as session:
             yield session
 
@@ -91,6 +95,11 @@ class Catalog:
         Raises:
             Unavailable: the write lock or the disk was not to be had; nothing was changed.
         """
+        if (joined := self._joined_session()) is not None:
+            yield joined
+            # What the next part of the transaction reads must be there.
+            joined.flush()
+            return
         with (
             _as_unavailable(),
             self._turn,
@@ -101,6 +110,23 @@ class Catalog:
                 # The row that every change must move makes writers queue, as SQLite's lock does.
                 session.execute(select(AuditHeadRow).with_for_update())
             yield session
+
+    @contextmanager
+    def together(self) -> Iterator[Session]:
+        """As `write`, and every `read` and `write` of this thread within the block joins it.
+
+        So what they do is committed together, or not at all.
+        """
+        with self.write() as session:
+            self._joined.session = session
+            try:
+                yield session
+            finally:
+                self._joined.session = None
+
+    def _joined_session(self) -> Session | None:
+        session: Session | None = getattr(self._joined, "session", None)
+        return session
 
     def scrub(self) -> bool:
         """Empty SQLite's write-ahead log, where removed pages would otherwise live on.

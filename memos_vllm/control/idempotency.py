@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from sqlalchemy import delete, select
@@ -38,10 +39,33 @@ class IdempotencyService(Service):
         with self._catalog.read() as session:
             return _reply(session, actor, key, fingerprint, now=self._clock())
 
+    def answer_once(
+        self, actor: Principal, key: str, fingerprint: str, act: Callable[[], StoredReply]
+    ) -> StoredReply:
+        """Run `act`, or repeat the answer that it gave to this key before.
+
+        What `act` changes through this `Mos`, in this thread, and its answer are one transaction:
+        a crash leaves both or neither. When it raises, nothing was changed, and the key stays
+        free.
+
+        Raises:
+            InvalidRequest, Conflict: as `idempotent_reply`.
+        """
+        check_line(key, param=_PARAM, max_chars=MAX_KEY_CHARS)
+        with self._catalog.together() as session:
+            found = _reply(session, actor, key, fingerprint, now=self._clock())
+            if found is not None:
+                return found
+            reply = act()
+            self.store_reply(actor, key, fingerprint, reply.status, reply.body)
+        return reply
+
     def reserve_reply(
         self, actor: Principal, key: str, fingerprint: str, *, hold_seconds: float = 60.0
     ) -> StoredReply | None:
         """As `idempotent_reply`; when it is None, the key is this caller's to answer.
+
+        For work that outlasts a transaction; `answer_once` is for all other.
 
         Until `store_reply`, `release_reply` or `hold_seconds` have passed, everyone else gets
         Conflict, so that two requests at once cannot both do the work.

@@ -174,6 +174,7 @@ class Baker:
             cache_salt=self._chat.salt_of([snapshot]),
             scope=self._chat.scope_of([snapshot]),
             find_head=find_head,
+            retry_save=True,
         )
         outputs = self._chat.engine_for(call).generate(
             tokens_input(prompt),

@@ -29,7 +29,7 @@ from memos_vllm.activation.prefix import RENDERER_VERSION, Placement
 from memos_vllm.activation.store import PrefixIdentity
 from memos_vllm.activation.templates import TemplateTraits, probe_template
 from memos_vllm.api.error_table import error_response
-from memos_vllm.api.middleware import guard_listeners
+from memos_vllm.api.middleware import MemosGuard, guard_listeners
 from memos_vllm.api.routes import build_router
 from memos_vllm.control.mos import Mos
 from memos_vllm.domain.access import LOCAL_ADMIN, Principal
@@ -38,7 +38,7 @@ from memos_vllm.engine import assembly
 from memos_vllm.engine.baker import Baker
 from memos_vllm.engine.chat import MemoryChat
 from memos_vllm.engine.gateway import VllmGateway
-from memos_vllm.engine.names import CONNECTOR_NAME, PLUGIN_NAME
+from memos_vllm.engine.names import CONNECTOR_NAME, MIDDLEWARE, PLUGIN_NAME
 from memos_vllm.engine.options import parse_cube_ids, parse_options
 from memos_vllm.engine.protocol import MemoryChatRequest
 from memos_vllm.engine.secrets import ServerKeys, load_keys
@@ -77,7 +77,10 @@ class MemosEndpoint:
         self._running: _Running | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add our routes, and replace POST /v1/chat/completions by one that knows cubes."""
+        """Add our routes and the guard; replace POST /v1/chat/completions by one that knows
+        cubes."""
+        if MIDDLEWARE not in getattr(app.state.args, "middleware", ()):
+            app.add_middleware(MemosGuard)
         app.include_router(
             build_router(
                 mos=lambda: self._started().mos,

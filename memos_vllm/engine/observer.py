@@ -31,6 +31,7 @@ class MemoryCall:
         find_head: given the prompt's token ids, answers how many of them are memory and
             whether they may be kept in the store.
         session: names a conversation whose blocks are kept too.
+        retry_save: save the head even when that failed a moment ago.
         head: the prompt's memory tokens, and `saves` whether they may go to the store; known
             once the prompt is rendered.
         report: what the connector did, once the engine has answered.
@@ -40,6 +41,7 @@ class MemoryCall:
     scope: str | None = None
     find_head: Callable[[list[int]], Awaitable[tuple[int, bool]]] | None = None
     session: str | None = None
+    retry_save: bool = False
     head: list[int] = field(default_factory=list)
     saves: bool = False
     report: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class MemoryEngineClient:
                 cache_salt=call.cache_salt,
                 head_tokens=head_tokens,
                 save=call.saves,
+                retry_save=call.retry_save,
                 session=call.session,
             )
             extra["kv_transfer_params"] = {TICKET_KEY: ticket}

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 # Counting resident blocks takes 0.2 ms for fifty cubes: too much for every step.
 _GAUGE_INTERVAL_SECONDS = 1.0
-# How long a prefix whose save failed is left alone.
+# How long chats leave a prefix alone whose save failed; a bake tries at once.
 _SAVE_RETRY_SECONDS = 30.0
 
 
@@ -172,6 +172,8 @@ class SchedulerHalf:
         self._next_gauges_at = 0.0
         self._commits: list[tuple[_Save, Future[ArtifactManifest]]] = []
         self._housekeeper = ThreadPoolExecutor(1, thread_name_prefix="memos-store")
+        # Which resident scopes were erased, as the latest look at the store finds them.
+        self._look: Future[frozenset[str]] | None = None
         # (scope, tokens) of failed saves -> when to try again.
         self._save_backoff: dict[tuple[str, tuple[int, ...]], float] = {}
 
@@ -314,8 +316,7 @@ class SchedulerHalf:
         if not self.stats.has_news and now < self._next_gauges_at:
             return None
         self._next_gauges_at = now + _GAUGE_INTERVAL_SECONDS
-        # What other processes erased or added since the last look.
-        self._housekeeper.submit(self._store.refresh)
+        self._follow_other_processes()
         moves, self._residency.moves = self._residency.moves, 0
         if moves:
             self.stats.count("residency_moves", by=moves)
@@ -329,6 +330,20 @@ class SchedulerHalf:
             "store_bytes": float(usage.bytes_used),
         }
         return self.stats.take(gauges, {s: blocks * size for s, blocks in by_scope.items()})
+
+    def _follow_other_processes(self) -> None:
+        """Notice what they added to the store, and what they erased."""
+        if self._look is not None and self._look.done():
+            if self._look.exception() is None:
+                for scope in self._look.result():
+                    self._residency.erase_scope(scope)
+            self._look = None
+        if self._look is None:
+            self._look = self._housekeeper.submit(self._look_at_store, self._residency.scopes)
+
+    def _look_at_store(self, scopes: frozenset[str]) -> frozenset[str]:
+        self._store.refresh()
+        return self._store.erased_among(scopes)
 
     def reset(self) -> bool:
         """vLLM dropped its prefix cache, and ours with it. The store keeps its artifacts."""
@@ -465,7 +480,8 @@ class SchedulerHalf:
         under_way = [*self._saves.values(), *(save for save, _ in self._commits)]
         if any(s.identity == identity and s.token_ids == tokens for s in under_way):
             return
-        if self._save_backoff.get((scope, tokens), 0.0) > self._clock():
+        backoff_ends = self._save_backoff.get((scope, tokens), 0.0)
+        if backoff_ends > self._clock() and not memory.ticket.retry_save:
             return
         assert self._manager is not None
         # The only references that memory ever holds, and only until the save has ended.

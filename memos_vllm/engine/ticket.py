@@ -40,6 +40,7 @@ class Ticket:
         salt_digest: digest of the cache salt that the request must carry.
         head_tokens: length of the prompt's head that is memory, in tokens.
         save: keep the head in the store when it is not there yet.
+        retry_save: try even when saving it failed a moment ago.
         session: names a conversation whose blocks are kept resident too, or None.
         expires_at: Unix time, seconds.
         nonce: makes the ticket unique.
@@ -51,6 +52,7 @@ class Ticket:
     salt_digest: str
     head_tokens: int
     save: bool
+    retry_save: bool
     session: str | None
     expires_at: float
     nonce: str
@@ -81,6 +83,7 @@ class TicketSigner:
         cache_salt: str,
         head_tokens: int,
         save: bool,
+        retry_save: bool = False,
         session: str | None = None,
     ) -> str:
         ticket = Ticket(
@@ -90,6 +93,7 @@ class TicketSigner:
             salt_digest=digest(cache_salt),
             head_tokens=head_tokens,
             save=save,
+            retry_save=retry_save,
             session=None if session is None else digest(session),
             expires_at=self._clock() + self._ttl_seconds,
             nonce=secrets.token_hex(16),

@@ -256,6 +256,9 @@ def test_a_commit_that_fails_is_reported_without_another_request(
     # It is left alone for a while, and tried again later.
     engine.ask("b", PROMPT, head=HEAD)
     assert engine.counters["saves:failed"] == 1
+    # A bake, which somebody asked for, tries at once.
+    engine.ask("bake", PROMPT, head=HEAD, retry_save=True)
+    assert engine.counters["saves:failed"] == 2
     monkeypatch.undo()
     now = engine.half._clock() + 31.0
     monkeypatch.setattr(engine.half, "_clock", lambda: now)

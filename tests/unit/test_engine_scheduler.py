@@ -347,6 +347,23 @@ def test_a_cache_reset_that_the_connector_is_not_told_of_does_no_harm(start: Sta
     engine.assert_at_rest()
 
 
+def test_what_another_process_erased_leaves_the_pool(start: Starter) -> None:
+    engine = start()
+    engine.ask("a", PROMPT, head=HEAD)
+    engine.ask("b", PROMPT, head=HEAD, salt="salt of cube b", scope="0ther")
+    engine.store.discard_scope(SCOPE)
+    for _ in range(2):
+        # The first look finds it, the second one acts on it.
+        engine.half._next_gauges_at = 0.0
+        engine.half.take_stats()
+        engine.half._housekeeper.submit(int).result()
+    assert engine.half._residency.resident_by_scope() == {"0ther": 6}
+    assert engine.ask("c", PROMPT, head=HEAD)["source"] == "computed"
+    other = engine.ask("d", PROMPT, head=HEAD, salt="salt of cube b", scope="0ther")
+    assert other["source"] == "resident"
+    engine.assert_at_rest()
+
+
 @both_schedulers
 def test_memory_survives_floods_of_plain_requests(start: Starter, asynchronous: bool) -> None:
     engine = start(num_blocks=96, batched_tokens=128, max_seqs=4, asynchronous=asynchronous)

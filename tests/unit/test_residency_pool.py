@@ -76,10 +76,11 @@ class Clock:
 
 def kept_prefix(
     pool: BlockPool, residency: Residency, name: str, count: int, scope: str = "s"
-) -> None:
+) -> list[Any]:
     blocks = compute(pool, name, count)
     residency.remember(name, scope, blocks)
     finish(pool, blocks)
+    return blocks
 
 
 def pool_and_residency(
@@ -152,8 +153,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.residency.clear()
 
     @rule(scope=st.sampled_from("xyz"))
-    def forget(self, scope: str) -> None:
-        self.residency.forget_scope(scope)
+    def erase(self, scope: str) -> None:
+        self.residency.erase_scope(scope)
+        assert scope not in self.residency.scopes
 
     @rule()
     def keep(self) -> None:
@@ -419,8 +421,18 @@ def test_blocks_are_counted_once_for_each_cube() -> None:
     kept_prefix(pool, residency, "other", 5, scope="b")
     assert residency.resident_by_scope() == {"a": 7, "b": 5}
     assert (residency.resident_blocks("a"), residency.resident_blocks()) == (7, 12)
-    residency.forget_scope("a")
+    assert residency.scopes == {"a", "b"}
+
+
+def test_an_erased_scope_cannot_be_found_in_the_prefix_cache_any_more() -> None:
+    pool, residency = pool_and_residency(65, budget=32, horizon=8)
+    gone = kept_prefix(pool, residency, "head", 4, scope="a")
+    stays = kept_prefix(pool, residency, "other", 5, scope="b")
+    residency.erase_scope("a")
+    assert [block.block_hash for block in gone] == [None] * 4
+    assert all(block.block_hash is not None for block in stays)
     assert residency.resident_by_scope() == {"b": 5}
+    assert residency.scopes == {"b"}
 
 
 def test_what_a_step_costs(capsys: pytest.CaptureFixture[str]) -> None:

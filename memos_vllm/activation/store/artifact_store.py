@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from memos_vllm.activation.store.durable import FolderLock, make_folder, write_file
@@ -270,7 +270,10 @@ class ArtifactStore:
         return True
 
     def quarantine(self, key: str, reason: str) -> bool:
-        """Move a bad artifact aside, with the reason beside it; answers whether there was one."""
+        """Move a bad artifact aside, with the reason beside it; answers whether there was one.
+
+        The caller, who knows what it meant for a request, logs the reason.
+        """
         with self._lock.held():
             manifest = self._index.get(key) or self._readable(key)
             self.forget(key)
@@ -308,6 +311,10 @@ class ArtifactStore:
                 path.unlink(missing_ok=True)
             self._quarantine.drop_scope(scope)
         return len(erased)
+
+    def erased_among(self, scopes: Iterable[str]) -> frozenset[str]:
+        """Those of the scopes that any process has erased."""
+        return frozenset(scope for scope in scopes if self._paths.erased_mark(scope).exists())
 
     def evict_to_budget(self) -> tuple[str, ...]:
         """Delete the least valuable unpinned artifacts until the budget holds; their keys."""

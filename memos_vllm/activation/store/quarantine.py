@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -12,8 +11,6 @@ from pathlib import Path
 
 from memos_vllm.activation.store.durable import write_file
 from memos_vllm.activation.store.paths import StorePaths
-
-logger = logging.getLogger(__name__)
 
 _REASON_SUFFIX = ".reason.json"
 _MAX_FILES = 256
@@ -28,7 +25,10 @@ class Quarantine:
         self._clock = clock
 
     def take(self, path: Path, reason: str, *, scope: str | None) -> bool:
-        """Move one file in; answers whether it was there. `scope` None: not known."""
+        """Move one file in; answers whether it was there. `scope` None: not known.
+
+        The caller logs the reason: once for all files of an artifact.
+        """
         name = f"{int(self._clock() * 1000):015d}-{secrets.token_hex(4)}-{path.name}"
         destination = self._paths.quarantine / name
         try:
@@ -41,14 +41,13 @@ class Quarantine:
             "moved_at": self._clock(),
             "scope": scope,
         }
-        # Without room for the note the file is still out of the way, and the log has it.
+        # Without room for the note the file is still out of the way, and the log has the reason.
         with contextlib.suppress(OSError):
             write_file(
                 self._paths.temporaries,
                 destination.with_name(name + _REASON_SUFFIX),
                 json.dumps(note, indent=1).encode(),
             )
-        logger.warning("quarantined %s: %s", self._paths.name_of(path), reason)
         return True
 
     def trim(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,7 @@ class Recovery:
     def _judge_manifest(self, path: Path) -> None:
         key = self._paths.key_of_manifest(path)
         if key is None:
-            self._set_aside(path, "no manifest has such a name", scope=None)
+            self._set_aside([path], "no manifest has such a name", scope=None)
             return
         try:
             manifest = read_manifest_file(self._paths, key, mac_key=self._mac_key)
@@ -84,7 +84,7 @@ class Recovery:
             logger.warning("skipped for now: %s", error)
             return
         except ArtifactError as error:
-            self._set_aside(path, str(error), scope=None)
+            self._set_aside([path], str(error), scope=None)
             return
         if self._paths.erased_mark(manifest.identity.scope).exists():
             self._found.erased.append(manifest)
@@ -96,15 +96,14 @@ class Recovery:
         except ArtifactUnreadable as error:
             logger.warning("skipped for now: %s", error)
         except ArtifactError as error:
-            for bad in (path, *shards):
-                self._set_aside(bad, str(error), scope=manifest.identity.scope)
+            self._set_aside([path, *shards], str(error), scope=manifest.identity.scope)
         else:
             self._found.good.append(manifest)
 
     def _judge_unnamed(self, path: Path) -> None:
         """A shard that no manifest names: being committed right now, or left behind."""
         if not self._paths.is_shard(path):
-            self._set_aside(path, "no shard has such a name", scope=None)
+            self._set_aside([path], "no shard has such a name", scope=None)
             return
         with contextlib.suppress(FileNotFoundError):
             if self._now - path.stat().st_mtime > self._orphan_age_seconds:
@@ -118,9 +117,11 @@ class Recovery:
                 if self._now - path.stat().st_mtime > _ERASED_MARK_SECONDS:
                     path.unlink()
 
-    def _set_aside(self, path: Path, reason: str, *, scope: str | None) -> None:
-        if self._quarantine.take(path, reason, scope=scope):
-            self._found.quarantined.append(self._paths.name_of(path))
+    def _set_aside(self, paths: Sequence[Path], reason: str, *, scope: str | None) -> None:
+        taken = [path for path in paths if self._quarantine.take(path, reason, scope=scope)]
+        if taken:
+            self._found.quarantined += map(self._paths.name_of, taken)
+            logger.warning("quarantined %s: %s", self._paths.name_of(taken[0]), reason)
 
 
 def read_manifest_file(paths: StorePaths, key: str, *, mac_key: bytes) -> ArtifactManifest:
