@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +23,7 @@ from memos_vllm.errors import MemosError
 _POLL_SECONDS = 0.25
 _STOP_SECONDS = 30.0
 _LOG_TAIL_LINES = 25
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 class ServerFailed(MemosError):
@@ -29,6 +32,8 @@ class ServerFailed(MemosError):
 
 class ServerProcess:
     """One server and every process that it starts, in a process group of their own.
+
+    What vLLM leaves behind when it is killed, sockets and shared memory, is removed.
 
     Args:
         command: the argument vector; the port is appended as `--port`.
@@ -47,6 +52,7 @@ class ServerProcess:
         self._command = list(command)
         self._environment = {**os.environ, **(environment or {})}
         self._child: subprocess.Popen[bytes] | None = None
+        self._sockets: Path | None = None
         self.log_path = log_path
         self.port = port or free_port()
 
@@ -65,13 +71,15 @@ class ServerProcess:
         Raises:
             ServerFailed: it ended or was not ready in time; nothing of it is left.
         """
+        # The path of a Unix socket has at most 107 bytes: not below a test's own folder.
+        self._sockets = Path(tempfile.mkdtemp(prefix="memos-"))
         with self.log_path.open("ab") as log:
             self._child = subprocess.Popen(
                 [*self._command, "--port", str(self.port)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=self._environment,
+                env={"VLLM_RPC_BASE_PATH": str(self._sockets), **self._environment},
                 start_new_session=True,
             )
         try:
@@ -85,16 +93,19 @@ class ServerProcess:
         """End it as Ctrl-C does; kill what does not end."""
         if self._child is None:
             return
+        segments = _shared_segments(self._child.pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(_STOP_SECONDS)
         self.kill()
+        _remove(segments)
 
     def kill(self) -> None:
         """Kill -9 it and all its children, and wait until they are gone."""
         if self._child is None:
             return
+        segments = _shared_segments(self._child.pid)
         # Children stay in the group; vLLM's own start sessions only for nested servers.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
@@ -102,6 +113,9 @@ class ServerProcess:
         deadline = time.monotonic() + _STOP_SECONDS
         while _group_lives(self._child.pid) and time.monotonic() < deadline:
             time.sleep(0.02)
+        _remove(segments)
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
         self._child = None
 
     def log_tail(self) -> str:
@@ -159,12 +173,30 @@ def free_port() -> int:
 
 def _group_lives(group: int) -> bool:
     """Whether a process of the group still runs; zombies of other parents do not count."""
-    return any(state != "Z" for state in _group_states(group))
+    return any(state != "Z" for _, state in _members(group))
 
 
-def _group_states(group: int) -> Iterator[str]:
+def _shared_segments(group: int) -> set[Path]:
+    """Shared memory that the group's processes have mapped, and would not live to remove."""
+    found = set()
+    for process, _ in _members(group):
+        with contextlib.suppress(OSError):
+            for line in (process / "maps").read_text().splitlines():
+                path = Path(line.partition("/")[1] + line.partition("/")[2])
+                if path.parent == _SHARED_MEMORY and path.name.startswith("psm_"):
+                    found.add(path)
+    return found
+
+
+def _remove(segments: Iterable[Path]) -> None:
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+
+
+def _members(group: int) -> Iterator[tuple[Path, str]]:
+    """Each process of a group as its folder in /proc, and its state."""
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             fields = entry.read_text().rpartition(")")[2].split()
             if int(fields[2]) == group:
-                yield fields[0]
+                yield entry.parent, fields[0]

@@ -113,6 +113,11 @@ class MemosEndpoint:
                 "the memos plugin needs its connector: start with `memos-vllm serve`, or pass "
                 "--kv-transfer-config as the README shows"
             )
+        if getattr(args, "disable_log_stats", False):
+            logger.warning(
+                "memos: without engine statistics (--disable-log-stats) the resident tokens show "
+                "as 0, and a bake whose save failed ends only when its time is up"
+            )
         settings = assembly.settings_of(vllm_config)
         keys = load_keys(settings.secrets_dir)
         mos = await asyncio.to_thread(Mos.open, settings.resolved_catalog_url)

@@ -12,18 +12,18 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from memos_vllm.activation.prefix import RENDERER_VERSION
 from memos_vllm.activation.residency import Residency
-from memos_vllm.activation.store import ArtifactManifest, ArtifactStore, PrefixIdentity, ShardEntry
+from memos_vllm.activation.store import ArtifactManifest, ArtifactStore, PrefixIdentity
+from memos_vllm.engine.saves import PrefixSaves
 from memos_vllm.engine.stats import MemosStats, StatsCollector
 from memos_vllm.engine.ticket import TICKET_KEY, Ticket, TicketVerifier
 from memos_vllm.engine.transfer import (
     LoadJob,
     LoadReport,
-    SaveJob,
     SaveReport,
     StepMetadata,
     StepReport,
@@ -42,8 +42,6 @@ T = TypeVar("T")
 
 # Counting resident blocks takes 0.2 ms for fifty cubes: too much for every step.
 _GAUGE_INTERVAL_SECONDS = 1.0
-# How long chats leave a prefix alone whose save failed; a bake tries at once.
-_SAVE_RETRY_SECONDS = 30.0
 
 
 class Source(enum.StrEnum):
@@ -90,18 +88,6 @@ class _MemoryRequest:
     loading: LoadJob | None = None
     load_failed: bool = False
     settled: bool = False
-
-
-@dataclass(slots=True)
-class _Save:
-    """A save under way: the blocks that it references and the shards that came in."""
-
-    identity: PrefixIdentity
-    token_ids: tuple[int, ...]
-    blocks: list[Any]
-    shards: list[ShardEntry] = field(default_factory=list)
-    reports: int = 0
-    error: str | None = None
 
 
 def _never_raises(default: Callable[[], Any]) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -166,20 +152,25 @@ class SchedulerHalf:
         self._manager: KVCacheManager | None = None
         self._requests: dict[str, _MemoryRequest] = {}
         self._loads: dict[str, LoadJob] = {}
-        self._saves: dict[int, _Save] = {}
-        self._next_save_id = 0
         self._planned = StepMetadata()
         self._next_gauges_at = 0.0
-        self._commits: list[tuple[_Save, Future[ArtifactManifest]]] = []
         self._housekeeper = ThreadPoolExecutor(1, thread_name_prefix="memos-store")
         # Which resident scopes were erased, as the latest look at the store finds them.
         self._look: Future[frozenset[str]] | None = None
-        # (scope, tokens) of failed saves -> when to try again.
-        self._save_backoff: dict[tuple[str, tuple[int, ...]], float] = {}
+        self._saves = PrefixSaves(
+            store,
+            total_layers=shape.total_layers,
+            total_kv_heads=shape.total_kv_heads,
+            num_shards=shape.num_shards,
+            committer=self._housekeeper,
+            count=lambda outcome: self.stats.count("saves", outcome),
+            clock=self._clock,
+        )
 
     def bind(self, manager: KVCacheManager) -> None:
         self._manager = manager
         self._residency.bind(manager.block_pool)
+        self._saves.bind(manager.block_pool)
 
     # --- a request's life -------------------------------------------------------------
 
@@ -308,7 +299,7 @@ class SchedulerHalf:
     @property
     def has_pending_work(self) -> bool:
         """Whether the engine must keep stepping so that a save can end and be counted."""
-        return bool(self._saves or self._commits)
+        return self._saves.under_way
 
     @_never_raises(_nothing)
     def take_stats(self) -> MemosStats | None:
@@ -472,25 +463,11 @@ class SchedulerHalf:
     def _plan_save(
         self, memory: _MemoryRequest, tokens: tuple[int, ...], blocks: list[Any]
     ) -> None:
-        scope = memory.ticket.scope
-        identity = self._identity(scope)
-        stored = self._store.lookup(identity, tokens)
-        if stored is not None and stored.num_tokens >= len(tokens):
-            return
-        under_way = [*self._saves.values(), *(save for save, _ in self._commits)]
-        if any(s.identity == identity and s.token_ids == tokens for s in under_way):
-            return
-        backoff_ends = self._save_backoff.get((scope, tokens), 0.0)
-        if backoff_ends > self._clock() and not memory.ticket.retry_save:
-            return
-        assert self._manager is not None
-        # The only references that memory ever holds, and only until the save has ended.
-        self._manager.block_pool.touch(blocks)
-        save_id, self._next_save_id = self._next_save_id, self._next_save_id + 1
-        self._saves[save_id] = _Save(identity, tokens, blocks)
-        self._planned.saves.append(
-            SaveJob(save_id, identity, tokens, tuple(block.block_id for block in blocks))
+        job = self._saves.plan(
+            self._identity(memory.ticket.scope), tokens, blocks, retry=memory.ticket.retry_save
         )
+        if job is not None:
+            self._planned.saves.append(job)
 
     # --- reports ----------------------------------------------------------------------
 
@@ -534,54 +511,12 @@ class SchedulerHalf:
 
     @_never_raises(_nothing)
     def _on_save(self, report: SaveReport) -> None:
-        save = self._saves.get(report.save_id)
-        if save is None:
-            return
-        save.reports += 1
-        if report.shard is not None:
-            save.shards.append(report.shard)
-        save.error = save.error or report.error
         self.stats.count("save_seconds", by=report.seconds)
-        if save.reports < self._shape.num_shards:
-            return
-        del self._saves[report.save_id]
-        assert self._manager is not None
-        self._manager.block_pool.free_blocks(reversed(save.blocks))
-        if save.error is not None:
-            self._save_failed(save, save.error)
-            return
-        # fsync takes milliseconds: not on the scheduler's thread.
-        commit = self._housekeeper.submit(
-            self._store.commit,
-            save.identity,
-            save.token_ids,
-            total_layers=self._shape.total_layers,
-            total_kv_heads=self._shape.total_kv_heads,
-            shards=save.shards,
-        )
-        self._commits.append((save, commit))
+        self._saves.on_report(report)
 
     @_never_raises(_nothing)
     def _finish_commits(self) -> None:
-        if not self._commits:
-            return
-        ended = [(save, commit) for save, commit in self._commits if commit.done()]
-        self._commits = [(save, commit) for save, commit in self._commits if not commit.done()]
-        for save, commit in ended:
-            error = commit.exception()
-            if error is None:
-                self.stats.count("saves", "ok")
-            else:
-                self._save_failed(save, str(error) or repr(error))
-
-    def _save_failed(self, save: _Save, reason: str) -> None:
-        self.stats.count("saves", "failed")
-        logger.warning(
-            "memos: a prefix of %d tokens was not saved: %s", len(save.token_ids), reason
-        )
-        retry_at = self._clock() + _SAVE_RETRY_SECONDS
-        self._save_backoff = {k: t for k, t in self._save_backoff.items() if t > self._clock()}
-        self._save_backoff[save.identity.scope, save.token_ids] = retry_at
+        self._saves.finish_commits()
 
     def _outcome(self, memory: _MemoryRequest) -> tuple[Source, int]:
         """Where the head's KV came from, and how many of its tokens were not computed."""

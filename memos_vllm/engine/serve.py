@@ -94,6 +94,11 @@ def configure(args: Namespace, settings: ServerSettings, *, explicit_policy: boo
     if args.host is None and getattr(args, "uds", None) is None:
         # vLLM would listen on every address.
         args.host = "127.0.0.1"
+    if getattr(args, "kv_offloading_size", None) is not None:
+        raise ConfigurationError(
+            "--kv-offloading-size would put a connector of vLLM's in the place of memory's; "
+            "leave it out, or name both in --kv-transfer-config as children of a MultiConnector"
+        )
 
 
 def _transfer_config(given: Any, settings: ServerSettings, *, explicit_policy: bool) -> Any:
@@ -116,8 +121,10 @@ def _transfer_config(given: Any, settings: ServerSettings, *, explicit_policy: b
             }
         return given
     raise ConfigurationError(
-        f"the KV connector {given.kv_connector} cannot run beside memory in this release: memory "
-        "keeps its own KV; leave --kv-transfer-config out, or run plain `vllm serve`"
+        f"the KV connector {given.kv_connector} would take the place of memory's; leave "
+        "--kv-transfer-config out, or name both as children of a MultiConnector, "
+        f"{CONNECTOR_NAME} first. Another connector stores KV without regard to cubes, and gets "
+        "no kv_transfer_params from clients."
     )
 
 

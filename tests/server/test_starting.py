@@ -65,8 +65,9 @@ class Stamp:
         (["--artifact-budget-gib", "0"], "--artifact-budget-gib"),
         (
             ["--kv-transfer-config", '{"kv_connector":"OffloadingConnector","kv_role":"kv_both"}'],
-            "the KV connector OffloadingConnector cannot run beside memory",
+            "the KV connector OffloadingConnector would take the place of memory's",
         ),
+        (["--kv-offloading-size", "1"], "name both in --kv-transfer-config"),
     ],
     ids=lambda value: "-".join(value)[:24] if isinstance(value, list) else "",
 )
@@ -273,7 +274,10 @@ def by_hand(
     customised: ServerProcess,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
-    """vLLM's own entry point, with the settings that the README shows."""
+    """vLLM's own entry point, with the settings that the README shows.
+
+    Without the middleware, which the plugin then adds by itself.
+    """
     customised.stop()
     connector = {
         "kv_connector": "MemCubeConnector",
@@ -284,8 +288,6 @@ def by_hand(
     server = start_server(
         "--kv-transfer-config",
         json.dumps(connector),
-        "--middleware",
-        "memos_vllm.api.middleware.MemosGuard",
         "--enable-prompt-tokens-details",
         by_hand=True,
         environment={"VLLM_PLUGINS": "memos"},

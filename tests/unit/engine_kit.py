@@ -299,8 +299,7 @@ class Engine:
         assert not self.scheduler.running
         assert not self.half._requests
         assert not self.half._loads
-        assert not self.half._saves
-        assert not self.half._commits
+        assert not self.half.has_pending_work
         used = [b.block_id for b in self.pool.blocks if b.ref_cnt and not b.is_null]
         assert not used, f"blocks are still referenced: {used}"
         assert self.pool.get_num_free_blocks() == len(self.pool.blocks) - 1

@@ -260,8 +260,9 @@ def test_a_commit_that_fails_is_reported_without_another_request(
     engine.ask("bake", PROMPT, head=HEAD, retry_save=True)
     assert engine.counters["saves:failed"] == 2
     monkeypatch.undo()
-    now = engine.half._clock() + 31.0
-    monkeypatch.setattr(engine.half, "_clock", lambda: now)
+    saves = engine.half._saves
+    now = saves._clock() + 31.0
+    monkeypatch.setattr(saves, "_clock", lambda: now)
     engine.ask("c", PROMPT, head=HEAD)
     assert engine.counters["saves:ok"] == 1
 

@@ -296,7 +296,7 @@ def test_preemption_while_saving_keeps_the_saved_bytes_right(
     engine.add("b", tokens(140, seed=5), max_tokens=60)
     for _ in range(80):
         engine.step()
-    assert engine.half._saves, "the save is under way"
+    assert engine.half.has_pending_work, "the save is under way"
     engine.hold_saves = False
     engine.run()
     engine.assert_at_rest()
@@ -478,7 +478,7 @@ def test_kv_that_only_some_ranks_have_loaded_is_never_saved(start: Starter) -> N
         KVConnectorOutput(kv_connector_worker_meta=StepReport(loads=[report]))
     )
     engine.abort("b")
-    assert not engine.half._saves
+    assert not engine.half.has_pending_work
     engine.hold_loads = False
     engine.run()
     engine.assert_at_rest()
