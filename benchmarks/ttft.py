@@ -1,13 +1,15 @@
 """Time to first token with a cube, beside plain vLLM: `python -m benchmarks.ttft`.
 
-Two real servers run side by side, one plain vLLM and one with memory, and take turns, so that a
-noisy machine slows both alike; what counts is the median of the ratios of samples from the same
-round. The JSON file holds every raw sample, the machine and the versions.
+Two real servers, one plain vLLM and one with memory, take turns, so that a noisy machine slows both
+alike; what counts is the median of the ratios of samples from the same round. While one is asked,
+the other is stopped: an idle vLLM worker spins for a second, on the very core that the other's
+worker is pinned to. The JSON file holds every raw sample, the machine and the versions.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -16,8 +18,9 @@ import statistics
 import string
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,6 +95,9 @@ class Bench:
             environment=environment,
         )
         self.clients: dict[str, httpx.Client] = {}
+        self._stopping = threading.Lock()
+        self._stopped = contextlib.ExitStack()
+        self._alone = 0
         sections = handbook_sections()
         self.sections = sections
         self.block = render_memory_block(None, sections)
@@ -99,7 +105,13 @@ class Bench:
     def start(self) -> None:
         for name, server in (("plain", self.plain), ("memos", self.memos)):
             server.start()
-            self.clients[name] = httpx.Client(base_url=server.url, timeout=300.0, trust_env=False)
+            # Without keep-alive: a server that was stopped closes old connections when it goes on.
+            self.clients[name] = httpx.Client(
+                base_url=server.url,
+                timeout=300.0,
+                trust_env=False,
+                limits=httpx.Limits(max_keepalive_connections=0),
+            )
             self.warm_up(name)
 
     def stop(self) -> None:
@@ -133,7 +145,25 @@ class Bench:
         return compose_messages(messages, block=self.block, default_system=DEFAULT_SYSTEM)
 
     def ask_plain(self, name: str, messages: list[dict[str, Any]], **body: Any) -> Timed:
-        return timed_chat(self.clients[name], messages, model=SERVED, **body)
+        with self.alone(name):
+            return timed_chat(self.clients[name], messages, model=SERVED, **body)
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Nobody else uses the machine's cores; nested and concurrent uses share one stop."""
+        with self._stopping:
+            self._alone += 1
+            if self._alone == 1:
+                other = self.memos if name == "plain" else self.plain
+                self._stopped = contextlib.ExitStack()
+                self._stopped.enter_context(other.paused())
+        try:
+            yield
+        finally:
+            with self._stopping:
+                self._alone -= 1
+                if self._alone == 0:
+                    self._stopped.close()
 
     def ask_warm(self) -> Timed:
         """Plain vLLM, memory in the prompt, its prefix cache warm."""

@@ -101,6 +101,19 @@ class ServerProcess:
         self.kill()
         _remove(segments)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop all its processes meanwhile: idle ones of vLLM spin, and would disturb another
+        server that is being measured."""
+        if self._child is None:
+            yield
+            return
+        os.killpg(self._child.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._child.pid, signal.SIGCONT)
+
     def kill(self) -> None:
         """Kill -9 it and all its children, and wait until they are gone."""
         if self._child is None:

@@ -10,7 +10,7 @@ from memos_vllm_kernels.errors import KernelInputError, UnsupportedLayout
 from memos_vllm_kernels.layout import Packing, PageGeometry
 from memos_vllm_kernels.pages import KvPages, export_tokens, import_tokens, slot_mapping
 from memos_vllm_kernels.support import supported
-from memos_vllm_kernels.threads import unpinned_thread
+from memos_vllm_kernels.threads import unpin_thread, unpinned_thread
 
 __all__ = [
     "KernelInputError",
@@ -23,5 +23,6 @@ __all__ = [
     "slot_mapping",
     "supported",
     "tensor_over",
+    "unpin_thread",
     "unpinned_thread",
 ]

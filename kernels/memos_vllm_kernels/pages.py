@@ -10,6 +10,7 @@ import torch
 from memos_vllm_kernels import cpu_packing, cpu_pages, plain_pages
 from memos_vllm_kernels.errors import KernelInputError, UnsupportedLayout
 from memos_vllm_kernels.layout import Packing, PageGeometry
+from memos_vllm_kernels.residence import populate
 from memos_vllm_kernels.support import supported
 
 
@@ -82,6 +83,15 @@ class KvPages:
     @property
     def device(self) -> torch.device:
         return self._pages[0].device
+
+    def populate(self, num_blocks: int) -> bool:
+        """Back the first blocks of every layer with memory, see `residence.populate`.
+
+        Returns:
+            False where the system cannot, or has no memory left.
+        """
+        count = max(0, min(num_blocks, self.num_blocks))
+        return all(populate(page[:count]) for page in self._pages)
 
     def import_range(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor

@@ -27,13 +27,19 @@ def unpinned_thread(*, num_threads: int = 1) -> Iterator[None]:
     """
     pinned = _affinity(0)
     before = torch.get_num_threads()
-    _set_affinity(_cores_of_process())
-    _limit_this_thread(num_threads, everyone_else=before)
+    unpin_thread(num_threads=num_threads)
     try:
         yield
     finally:
         _limit_this_thread(before, everyone_else=before)
         _set_affinity(pinned)
+
+
+def unpin_thread(*, num_threads: int = 1) -> None:
+    """What `unpinned_thread` does, for good: for a thread that does nothing but such copies."""
+    before = torch.get_num_threads()
+    _set_affinity(_cores_of_process())
+    _limit_this_thread(num_threads, everyone_else=before)
 
 
 def _limit_this_thread(num_threads: int, *, everyone_else: int) -> None:

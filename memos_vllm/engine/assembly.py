@@ -119,7 +119,6 @@ def scheduler_half(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> S
         settings.artifacts_dir,
         len(report.quarantined),
     )
-    usable_blocks = kv_cache_config.num_blocks - 1
     return SchedulerHalf(
         shape=shape,
         store=store,
@@ -127,8 +126,8 @@ def scheduler_half(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> S
         numerics=numerics_of(vllm_config),
         verifier=TicketVerifier(load_keys(settings.secrets_dir).ticket),
         residency=Residency(
-            budget_blocks=int(usable_blocks * settings.residency_fraction),
-            horizon_blocks=min(shape.step_blocks, usable_blocks),
+            budget_blocks=_budget_blocks(vllm_config, kv_cache_config),
+            horizon_blocks=min(shape.step_blocks, kv_cache_config.num_blocks - 1),
         ),
         allow_portable=settings.allow_portable,
     )
@@ -141,13 +140,20 @@ def worker_half(
     if _unsupported(vllm_config, kv_cache_config) is not None:
         return None
     layers = sorted(kv_caches, key=extract_layer_index)
-    return WorkerHalf(
+    half = WorkerHalf(
         store=open_store(vllm_config, budget=False),
         rank=_rank_shape(vllm_config, layers),
         open_pages=functools.partial(_open_pages, vllm_config, layers, kv_caches),
         block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
         allow_portable=settings_of(vllm_config).allow_portable,
     )
+    half.prepare(num_blocks=_budget_blocks(vllm_config, kv_cache_config))
+    return half
+
+
+def _budget_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """How many blocks of the pool memory may keep; one block of it is never used."""
+    return int((kv_cache_config.num_blocks - 1) * settings_of(vllm_config).residency_fraction)
 
 
 def _open_pages(
@@ -155,7 +161,8 @@ def _open_pages(
 ) -> KvPages:
     """View the page tensors as the attention kernels do.
 
-    Called at the first job: attention layers learn their ISA when vLLM builds their metadata.
+    Called in the background once the tensors are there, and again at the first job should the
+    attention layers not know their ISA by then: they learn it when vLLM builds their metadata.
     """
     packing = Packing.PLAIN
     if current_platform.is_cpu():

@@ -50,6 +50,8 @@ class MemCubeConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        # Whether the worker's step has nothing to compute.
+        self._empty_step = False
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = assembly.scheduler_half(vllm_config, kv_cache_config)
 
@@ -65,6 +67,8 @@ class MemCubeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
+        # vLLM has no attention metadata when it calls this without a forward pass.
+        self._empty_step = forward_context.attn_metadata is None
         if self._worker is not None and isinstance(metadata, StepMetadata):
             self._worker.start_loads(metadata.loads)
 
@@ -88,6 +92,8 @@ class MemCubeConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         if self._worker is None:
             return KVConnectorTransferResults()
+        if self._empty_step:
+            self._worker.wait_for_progress()
         finished, failed = self._worker.finished_loads()
         return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
 

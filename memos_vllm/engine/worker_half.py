@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +36,14 @@ from memos_vllm.engine.transfer import (
     StepReport,
 )
 from memos_vllm.errors import ArtifactError, ArtifactMissing, FingerprintMismatch
-from memos_vllm_kernels import KernelInputError, KvPages, slot_mapping, tensor_over, unpinned_thread
+from memos_vllm_kernels import KernelInputError, KvPages, slot_mapping, tensor_over, unpin_thread
 
 logger = logging.getLogger(__name__)
 
+# How long a step that computes nothing waits for a load or a save to end. Such steps follow one
+# another as fast as they can, in two processes: without a pause they take the cores that the work
+# which they wait for needs. A request that comes in between waits as long.
+_EMPTY_STEP_SECONDS = 0.02
 # Saving yields the cores to the model: lowest priority but one.
 _SAVER_NICENESS = 15
 
@@ -84,24 +89,48 @@ class WorkerHalf:
         self._allow_portable = allow_portable
         self._pages: KvPages | None = None
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        self._under_way = 0
         self._loads_done: list[LoadReport] = []
         self._saves_done: list[SaveReport] = []
         self._report = StepReport()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="memos-load")
-        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="memos-verify")
-        self._saver = ThreadPoolExecutor(
-            1, thread_name_prefix="memos-save", initializer=_lower_priority
-        )
+        self._loader = ThreadPoolExecutor(1, "memos-load", initializer=unpin_thread)
+        self._verifier = ThreadPoolExecutor(1, "memos-verify", initializer=unpin_thread)
+        self._saver = ThreadPoolExecutor(1, "memos-save", initializer=_start_saver)
+
+    def prepare(self, *, num_blocks: int) -> None:
+        """Do now, in the background, what the first load would have to wait for.
+
+        Args:
+            num_blocks: how many blocks to back with memory; vLLM gives out the first ones first.
+        """
+        self._loader.submit(self._prepare_pages, num_blocks)
+        self._verifier.submit(int)
+
+    def _prepare_pages(self, num_blocks: int) -> None:
+        try:
+            pages = self._opened_pages()
+        except (AttributeError, KernelInputError, RuntimeError) as error:
+            # The first job meets it again, and reports it.
+            logger.debug("memos: the pages cannot be opened yet: %s", error)
+            return
+        self._saver.submit(pages.populate, num_blocks)
 
     def start_loads(self, jobs: Sequence[LoadJob]) -> None:
         """Queue loads; returns at once."""
         for job in jobs:
-            self._loader.submit(self._load, job)
+            self._submit(self._loader, self._load, job)
 
     def start_saves(self, jobs: Sequence[SaveJob]) -> None:
         """Queue saves of KV that the steps so far have computed; returns at once."""
         for job in jobs if self._rank.saves else ():
-            self._saver.submit(self._save, job)
+            self._submit(self._saver, self._save, job)
+
+    def wait_for_progress(self) -> None:
+        """Give way to the loads and saves under way, in a step that computes nothing."""
+        with self._ended:
+            if self._under_way and not self._loads_done and not self._saves_done:
+                self._ended.wait(_EMPTY_STEP_SECONDS)
 
     def finished_loads(self) -> tuple[set[str], set[str]]:
         """Request ids whose load ended since the last call, and those of them that failed."""
@@ -126,6 +155,11 @@ class WorkerHalf:
         self._verifier.shutdown(wait=True, cancel_futures=True)
         self._saver.shutdown(wait=True, cancel_futures=True)
 
+    def _submit(self, executor: ThreadPoolExecutor, work: Callable[[Any], None], job: Any) -> None:
+        with self._lock:
+            self._under_way += 1
+        executor.submit(work, job)
+
     # --- loading ------------------------------------------------------------------------
 
     def _load(self, job: LoadJob) -> None:
@@ -148,8 +182,10 @@ class WorkerHalf:
             error=error,
             unusable=unusable,
         )
-        with self._lock:
+        with self._ended:
+            self._under_way -= 1
             self._loads_done.append(report)
+            self._ended.notify()
 
     def _import(self, job: LoadJob) -> int:
         """Verify and copy; returns the bytes copied. Raises when anything is wrong."""
@@ -169,7 +205,6 @@ class WorkerHalf:
         layers = range(rank.layer_start, rank.layer_start + pages.num_layers)
         heads = range(rank.head_start, rank.head_start + geometry.num_kv_heads)
         with (
-            unpinned_thread(),
             self._store.open_shards(manifest, layers=layers, heads=heads) as reader,
             closing(self._verified(reader, layers, num_tokens=end)) as verified,
         ):
@@ -192,16 +227,15 @@ class WorkerHalf:
         stop = threading.Event()
 
         def verify_ahead() -> None:
-            with unpinned_thread():
-                for layer, outcome in zip(layers, outcomes, strict=True):
-                    if stop.is_set():
-                        return
-                    try:
-                        reader.verify_layer(layer, num_tokens=num_tokens)
-                    except (ArtifactError, OSError) as failure:
-                        outcome.set_exception(failure)
-                        return
-                    outcome.set_result(None)
+            for layer, outcome in zip(layers, outcomes, strict=True):
+                if stop.is_set():
+                    return
+                try:
+                    reader.verify_layer(layer, num_tokens=num_tokens)
+                except (ArtifactError, OSError) as failure:
+                    outcome.set_exception(failure)
+                    return
+                outcome.set_result(None)
 
         ahead = self._verifier.submit(verify_ahead)
         try:
@@ -255,8 +289,10 @@ class WorkerHalf:
             logger.exception("memos: saving a prefix failed")
             error = repr(failure)
         report = SaveReport(job.save_id, shard, time.perf_counter() - started, error=error)
-        with self._lock:
+        with self._ended:
+            self._under_way -= 1
             self._saves_done.append(report)
+            self._ended.notify()
 
     def _export(self, job: SaveJob) -> ShardEntry:
         pages = self._opened_pages()
@@ -276,10 +312,7 @@ class WorkerHalf:
             dtype=geometry.dtype,
             device=pages.device,
         )
-        with (
-            unpinned_thread(),
-            self._store.begin_shard(job.identity, job.token_ids, layout) as writer,
-        ):
+        with self._store.begin_shard(job.identity, job.token_ids, layout) as writer:
             for index in range(pages.num_layers):
                 pages.export_range(
                     index,
@@ -319,8 +352,9 @@ def _as_array(tensor: torch.Tensor) -> np.ndarray:
     return array
 
 
-def _lower_priority() -> None:
+def _start_saver() -> None:
     """Make the calling thread yield to others; Linux keeps niceness per thread."""
+    unpin_thread()
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SAVER_NICENESS)
     except (AttributeError, PermissionError, OSError):
