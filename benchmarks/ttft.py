@@ -82,7 +82,11 @@ class Bench:
             *("--enforce-eager", "--served-model-name", SERVED, "--enable-prompt-tokens-details"),
             *("--num-gpu-blocks-override", str(blocks), "--max-num-seqs", "32"),
         )
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            # With a connector vLLM chooses other cores than without: both get all of them.
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        }
         data = folder / "data"
         self.memos = ServerProcess(
             memos_command(model, "--data-dir", str(data), *options),

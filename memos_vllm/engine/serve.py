@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from memos_vllm.config import ServerSettings, set_vllm_plugins, vllm_plugins_in_
 from memos_vllm.engine.names import CONNECTOR_NAME, MIDDLEWARE, PLUGIN_NAME
 from memos_vllm.errors import ConfigurationError, MemosError
 
+_RESERVED_CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 # Groups that VLLM_PLUGINS filters besides ours; naming one plugin would switch the others off.
 _PLUGIN_GROUPS = (
     "vllm.general_plugins",
@@ -43,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
         from memos_vllm.engine.endpoint import refuse_open_doors
 
         refuse_open_doors(args)
+        compute_on_as_many_cores_as_plain_vllm(args)
     except MemosError as error:
         print(f"memos-vllm serve: {error}", file=sys.stderr)
         return 2
@@ -99,6 +102,23 @@ def configure(args: Namespace, settings: ServerSettings, *, explicit_policy: boo
             "--kv-offloading-size would put a connector of vLLM's in the place of memory's; "
             "leave it out, or name both in --kv-transfer-config as children of a MultiConnector"
         )
+
+
+def compute_on_as_many_cores_as_plain_vllm(args: Namespace) -> None:
+    """On a CPU, vLLM takes one more core per worker from the model when there is a KV connector,
+    for those that poll. Memory's copies are short and need none, so the model gets it back.
+
+    What the user set is kept, and so is what vLLM does with too few cores: use them all.
+    """
+    from vllm.platforms import current_platform
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+
+    if not current_platform.is_cpu() or _RESERVED_CORES in os.environ:
+        return
+    workers = args.tensor_parallel_size * args.pipeline_parallel_size
+    cores = {cpu.physical_core for cpu in get_allowed_cpu_list()}
+    if len(cores) > 2 * workers:
+        os.environ[_RESERVED_CORES] = str(workers)
 
 
 def _transfer_config(given: Any, settings: ServerSettings, *, explicit_policy: bool) -> Any:
