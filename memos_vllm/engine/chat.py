@@ -28,7 +28,7 @@ from memos_vllm.activation.prefix import (
 )
 from memos_vllm.activation.templates import TemplateTraits
 from memos_vllm.control.mos import Mos
-from memos_vllm.domain.access import Principal
+from memos_vllm.domain.access import LOCAL_ADMIN, Principal
 from memos_vllm.domain.artifact import ActivationState
 from memos_vllm.domain.cube import CubeSnapshot
 from memos_vllm.domain.usage import UsageEvent
@@ -265,6 +265,17 @@ class MemoryChat:
             for record in self._mos.list_artifacts(cube.id)
             if record.state is ActivationState.READY and record.memory_versions == versions
         ]
+
+    async def warm_up(self) -> None:
+        """Do once for a cube of the store what the first chat with any cube would be slow at:
+        its queries and its rendering, some 10 ms."""
+        records = await asyncio.to_thread(self._mos.list_artifacts)
+        if not records:
+            return
+        latest = max(records, key=lambda record: record.created_at)
+        snapshots = await asyncio.to_thread(self._mos.snapshots, LOCAL_ADMIN, [latest.cube_id])
+        await asyncio.to_thread(self._known_heads, snapshots[0])
+        await self.bake_prompt(snapshots[0])
 
     async def refuse_unfit(self, snapshot: CubeSnapshot) -> None:
         """Raise ContextTooLong or TemplateError when this cube's memory could never be used."""

@@ -7,7 +7,7 @@ import contextlib
 import ipaddress
 import logging
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +160,10 @@ class MemosEndpoint:
         )
         if count_guard_event not in guard_listeners:
             guard_listeners.append(count_guard_event)
-        tasks = [asyncio.create_task(baker.run()), asyncio.create_task(usage.run())]
+        tasks = [
+            asyncio.create_task(work)
+            for work in (baker.run(), usage.run(), _quietly(chat.warm_up()))
+        ]
         self._running = _Running(mos, chat, gateway, keys, tasks)
         logger.info("memos: ready; data in %s", settings.data_dir)
 
@@ -204,6 +207,14 @@ class MemosEndpoint:
         return StreamingResponse(
             with_sse_keep_alive(answer, keep_alive), media_type="text/event-stream"
         )
+
+
+async def _quietly(work: Awaitable[None]) -> None:
+    """For work that nobody waits for, and that is done again when it is needed."""
+    try:
+        await work
+    except MemosError as error:
+        logger.debug("memos: %s", error)
 
 
 def refuse_open_doors(args: Namespace) -> None:

@@ -11,9 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,6 @@ import torch
 
 from memos_vllm.activation.store import (
     ArtifactManifest,
-    ArtifactReader,
     ArtifactStore,
     ArtifactUnreadable,
     ShardEntry,
@@ -36,7 +34,7 @@ from memos_vllm.engine.transfer import (
     StepReport,
 )
 from memos_vllm.errors import ArtifactError, ArtifactMissing, FingerprintMismatch
-from memos_vllm_kernels import KernelInputError, KvPages, slot_mapping, tensor_over, unpin_thread
+from memos_vllm_kernels import KernelInputError, KvPages, slot_mapping, unpin_thread
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +93,6 @@ class WorkerHalf:
         self._saves_done: list[SaveReport] = []
         self._report = StepReport()
         self._loader = ThreadPoolExecutor(1, "memos-load", initializer=unpin_thread)
-        self._verifier = ThreadPoolExecutor(1, "memos-verify", initializer=unpin_thread)
         self._saver = ThreadPoolExecutor(1, "memos-save", initializer=_start_saver)
 
     def prepare(self, *, num_blocks: int) -> None:
@@ -105,7 +102,6 @@ class WorkerHalf:
             num_blocks: how many blocks to back with memory; vLLM gives out the first ones first.
         """
         self._loader.submit(self._prepare_pages, num_blocks)
-        self._verifier.submit(int)
 
     def _prepare_pages(self, num_blocks: int) -> None:
         try:
@@ -152,7 +148,6 @@ class WorkerHalf:
     def shutdown(self) -> None:
         """End the threads; a save that has not started is dropped, one under way ends."""
         self._loader.shutdown(wait=True, cancel_futures=True)
-        self._verifier.shutdown(wait=True, cancel_futures=True)
         self._saver.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, executor: ThreadPoolExecutor, work: Callable[[Any], None], job: Any) -> None:
@@ -204,52 +199,15 @@ class WorkerHalf:
         rank = self._rank
         layers = range(rank.layer_start, rank.layer_start + pages.num_layers)
         heads = range(rank.head_start, rank.head_start + geometry.num_kv_heads)
-        with (
-            self._store.open_shards(manifest, layers=layers, heads=heads) as reader,
-            closing(self._verified(reader, layers, num_tokens=end)) as verified,
-        ):
-            for index, layer in enumerate(verified):
+        with self._store.open_shards(manifest, layers=layers, heads=heads) as reader:
+            for index, layer in enumerate(layers):
+                # Verified, and still in the core's cache when it is copied.
                 raw = reader.layer(layer, num_tokens=end)
                 # Each half is contiguous in the file; both together only when all is loaded.
                 key, value = (_as_tensor(half, geometry.dtype)[first:] for half in raw)
                 key, value = key.to(pages.device), value.to(pages.device)
                 pages.import_range(index, key, value, slots)
         return job.num_tokens * geometry.token_bytes * pages.num_layers
-
-    def _verified(
-        self, reader: ArtifactReader, layers: Sequence[int], *, num_tokens: int
-    ) -> Generator[int, None, None]:
-        """Yield each layer once it is verified, while the next ones are verified already.
-
-        Hashing takes as long as copying, and both release the GIL.
-        """
-        outcomes: list[Future[None]] = [Future() for _ in layers]
-        stop = threading.Event()
-
-        def verify_ahead() -> None:
-            for layer, outcome in zip(layers, outcomes, strict=True):
-                if stop.is_set():
-                    return
-                try:
-                    reader.verify_layer(layer, num_tokens=num_tokens)
-                except (ArtifactError, OSError) as failure:
-                    outcome.set_exception(failure)
-                    return
-                outcome.set_result(None)
-
-        ahead = self._verifier.submit(verify_ahead)
-        try:
-            for layer, outcome in zip(layers, outcomes, strict=True):
-                wait([outcome, ahead], return_when=FIRST_COMPLETED)
-                if not outcome.done():
-                    # The verifier ended without a word about this layer: its own error.
-                    ahead.result()
-                outcome.result()
-                yield layer
-        finally:
-            # The reader is closed next, and must not be read any more.
-            stop.set()
-            wait([ahead])
 
     def _check(self, manifest: ArtifactManifest, job: LoadJob, *, dtype: str) -> None:
         found, expected = manifest.identity, job.identity
@@ -341,8 +299,8 @@ def _kernel_blocks(block_ids: Sequence[int], block_size: int, kernel_size: int) 
 
 
 def _as_tensor(raw: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor over an array's bytes; the array is contiguous, and may be read-only."""
-    return tensor_over(np.ascontiguousarray(raw).data, dtype, raw.shape)
+    """A tensor over an array's memory, whose numbers are as wide as the dtype's."""
+    return torch.from_numpy(raw.view(f"i{dtype.itemsize}")).view(dtype)
 
 
 def _as_array(tensor: torch.Tensor) -> np.ndarray:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 TokenIds: TypeAlias = NDArray[np.uint32]
 RawArray: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
-CHECKSUM_BYTES = 32
+CHECKSUM_BYTES = 16
 
 
 class KvDtype(StrEnum):
