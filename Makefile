@@ -34,10 +34,10 @@ install: $(PROJECT_STAMP) ## Make .venv with vLLM and this project
 demo: $(PROJECT_STAMP) ## Show memory at work on a real server, with times
 	@$(BIN)/memos-vllm demo --data-dir $(DEMO_DIR) $(DEMO_ARGS)
 
-test: $(PROJECT_STAMP) ## Run unit tests, then tests against real servers
-	$(BIN)/python -m pytest tests/unit tests/server $(PYTEST_ARGS)
+test: $(PROJECT_STAMP) ## Run all tests: unit tests first, then those with real servers
+	$(BIN)/python -m pytest tests/unit tests/server tests/exactness $(PYTEST_ARGS)
 
-exactness: $(PROJECT_STAMP) ## Compare answers and KV pages with plain vLLM, in every state
+exactness: $(PROJECT_STAMP) ## Only compare answers and KV pages with plain vLLM, in every state
 	$(BIN)/python -m pytest tests/exactness $(PYTEST_ARGS)
 
 lint: $(PROJECT_STAMP) ## Check format, style and types

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from store_samples import MAC_KEY, overwrite
 
 from memos_vllm.activation.store import ArtifactManifest, ArtifactStore, PrefixIdentity
+from memos_vllm.engine import worker_half
 from memos_vllm.engine.transfer import LoadJob, LoadReport, SaveJob, SaveReport
 from memos_vllm.engine.worker_half import RankShape, WorkerHalf
 from memos_vllm_kernels import KvPages, Packing, UnsupportedLayout, import_tokens, slot_mapping
@@ -246,6 +248,58 @@ def test_a_rank_that_only_replicates_heads_saves_nothing(new_rank: NewRank) -> N
     rank.half._saver.submit(int).result()
     rank.half.finished_loads()
     assert rank.half.take_report() is None
+
+
+def test_pages_are_opened_and_backed_before_the_first_job(tmp_path: Path) -> None:
+    rank = Rank(tmp_path)
+    before = rank.snapshot()
+    opened: list[str] = []
+
+    def open_pages() -> KvPages:
+        opened.append(threading.current_thread().name)
+        return rank.pages
+
+    rank.half._open_pages = open_pages
+    rank.half.prepare(num_blocks=5)
+    rank.half._loader.submit(int).result()
+    rank.half._saver.submit(int).result()
+    assert len(opened) == 1
+    assert opened[0].startswith("memos-load")
+    rank.assert_only_changed(before, [])
+    assert rank.save([1, 2, 3, 4]).error is None
+    assert len(opened) == 1
+    rank.half.shutdown()
+
+
+def test_pages_that_cannot_be_opened_yet_are_opened_by_the_first_job(tmp_path: Path) -> None:
+    rank = Rank(tmp_path)
+
+    def too_early() -> KvPages:
+        raise AttributeError("isa")
+
+    rank.half._open_pages = too_early
+    rank.half.prepare(num_blocks=5)
+    rank.half._loader.submit(int).result()
+    rank.half._open_pages = lambda: rank.pages
+    assert rank.save([1, 2, 3, 4]).error is None
+    rank.half.shutdown()
+
+
+def test_an_empty_step_waits_for_what_is_under_way_and_for_nothing_else(
+    new_rank: NewRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_half, "_EMPTY_STEP_SECONDS", 60.0)
+    rank = new_rank()
+    rank.half.wait_for_progress()
+    rank.half.start_saves([SaveJob(7, IDENTITY, TOKENS, (1, 2, 3, 4))])
+    rank.half.wait_for_progress()
+    # It came back because the save has ended, and comes back at once until that is reported.
+    rank.half.wait_for_progress()
+    rank.half.finished_loads()
+    report = rank.half.take_report()
+    assert report is not None
+    assert [save.error for save in report.saves] == [None]
+    rank.half.wait_for_progress()
 
 
 # --- what can be wrong with an artifact -----------------------------------------------------

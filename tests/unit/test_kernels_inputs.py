@@ -27,6 +27,7 @@ from memos_vllm_kernels import (
     tensor_over,
     unpinned_thread,
 )
+from memos_vllm_kernels.residence import populate
 
 PACKINGS = (Packing.PLAIN, Packing.CPU_AMX)
 
@@ -261,6 +262,31 @@ def test_importing_the_package_loads_neither_vllm_nor_triton() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' madvise")
+def test_the_first_blocks_are_backed_with_memory_and_no_byte_changes() -> None:
+    pages = [torch.empty((64, 2, 64, 2 * 64), dtype=torch.bfloat16) for _ in range(16)]
+    pages[0].fill_(3.0)
+    half = sum(page.nbytes for page in pages) // 2
+    kv = KvPages.of(pages, Packing.PLAIN)
+    before = _resident_bytes()
+    assert kv.populate(32)
+    # The first layer was there.
+    assert _resident_bytes() - before > 0.8 * half
+    assert torch.equal(pages[0], torch.full_like(pages[0], 3.0))
+    assert kv.populate(10_000)
+    assert kv.populate(0)
+
+
+def test_memory_of_a_device_is_not_ours_to_back() -> None:
+    assert populate(torch.empty((4, 4), device="meta"))
+    assert not populate(torch.empty((4, 8))[:, ::2])
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux' thread affinity")

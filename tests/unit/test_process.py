@@ -1,0 +1,57 @@
+"""What is left of a server process after it was stopped or killed: nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from memos_vllm.process import ServerProcess
+
+# Answers /health, and holds what vLLM's processes hold: shared memory and a socket.
+SERVER = """
+import http.server, os, pathlib, signal, socket, sys
+from multiprocessing import resource_tracker, shared_memory
+
+folder = pathlib.Path(os.environ["VLLM_RPC_BASE_PATH"])
+segment = shared_memory.SharedMemory(create=True, size=4096)
+# vLLM's segments outlive the tracker of a process that was killed.
+resource_tracker.unregister(segment._name, "shared_memory")
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(str(folder / "rpc"))
+pathlib.Path(sys.argv[1]).write_text(f"{segment.name} {folder}")
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Health).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_sockets_and_shared_memory_go_with_the_server(tmp_path: Path, end: str) -> None:
+    note = tmp_path / "note"
+    server = ServerProcess(
+        [sys.executable, "-c", SERVER, str(note)], log_path=tmp_path / "server.log"
+    )
+    server.start(timeout_seconds=30)
+    segment, _, folder = note.read_text().partition(" ")
+    assert Path("/dev/shm", segment).exists()
+    assert Path(folder, "rpc").exists()
+    getattr(server, end)()
+    assert not Path("/dev/shm", segment).exists()
+    assert not Path(folder).exists()
+
+
+def test_a_paused_server_goes_on_where_it_was(tmp_path: Path) -> None:
+    server = ServerProcess(
+        [sys.executable, "-c", SERVER, str(tmp_path / "note")], log_path=tmp_path / "server.log"
+    )
+    with server:
+        state = Path(f"/proc/{server.pid}/stat")
+        with server.paused():
+            assert state.read_text().rpartition(")")[2].split()[0] == "T"
+        assert state.read_text().rpartition(")")[2].split()[0] != "T"
