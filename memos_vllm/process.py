@@ -189,15 +189,23 @@ def _group_lives(group: int) -> bool:
     return any(state != "Z" for _, state in _members(group))
 
 
-def _shared_segments(group: int) -> set[Path]:
-    """Shared memory that the group's processes have mapped, and would not live to remove."""
-    found = set()
+def _shared_segments(group: int) -> list[Path]:
+    """Shared memory and semaphores that the group's processes have mapped: killed, they cannot
+    remove them."""
+    inodes = set()
     for process, _ in _members(group):
         with contextlib.suppress(OSError):
             for line in (process / "maps").read_text().splitlines():
-                path = Path(line.partition("/")[1] + line.partition("/")[2])
-                if path.parent == _SHARED_MEMORY and path.name.startswith("psm_"):
-                    found.add(path)
+                # address, permissions, offset, device, inode, path
+                fields = line.split(maxsplit=5)
+                if len(fields) == 6 and fields[5].startswith(f"{_SHARED_MEMORY}/"):
+                    inodes.add(int(fields[4]))
+    # Not by the path: a semaphore is mapped under a name that it had before.
+    found = []
+    for path in _SHARED_MEMORY.glob("*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_ino in inodes:
+                found.append(path)
     return found
 
 

@@ -64,7 +64,7 @@ def encode(tokens: torch.Tensor, encoding: Encoding) -> torch.Tensor:
         )
     if encoding is Encoding.EXACT:
         return tokens.contiguous().view(torch.uint8)
-    numbers = tokens.to(torch.float32)
+    numbers = tokens.to(torch.float32).contiguous()
     if encoding is Encoding.INT4:
         return _encode_int4(numbers)
     limit = _INT8_LIMIT if encoding is Encoding.INT8 else _FP8_LIMIT
@@ -112,7 +112,7 @@ def _encode_int4(numbers: torch.Tensor) -> torch.Tensor:
     if padding:
         last = numbers[..., -1:].expand(*numbers.shape[:-1], padding)
         numbers = torch.cat((numbers, last), dim=-1)
-    grouped = numbers.unflatten(-1, (groups, INT4_GROUP))
+    grouped = numbers.view(*numbers.shape[:-1], groups, INT4_GROUP)
     low, high = (bound.unsqueeze(-1) for bound in grouped.aminmax(dim=-1))
     minimum = low.to(_SCALE)
     scale = ((high - minimum.to(torch.float32)) / _INT4_LIMIT).to(_SCALE)
@@ -128,10 +128,10 @@ def _decode_int4(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     groups, data_bytes = _num_groups(head_dim), -(-head_dim // 2)
     data = rows[..., :data_bytes]
     levels = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).to(torch.float32)
-    parameters = _scales(rows[..., data_bytes:]).unflatten(-1, (groups, 2))
-    scale, minimum = (
-        part.repeat_interleave(INT4_GROUP, dim=-1)[..., :head_dim] for part in parameters.unbind(-1)
-    )
+    parameters = _scales(rows[..., data_bytes:]).repeat_interleave(INT4_GROUP, dim=-1)
+    by_group = parameters.view(*rows.shape[:-1], groups, 2, INT4_GROUP)
+    scale = by_group[..., 0, :].flatten(-2)[..., :head_dim]
+    minimum = by_group[..., 1, :].flatten(-2)[..., :head_dim]
     return levels[..., :head_dim] * scale + minimum
 
 

@@ -12,7 +12,7 @@ from memos_vllm.process import ServerProcess
 # Answers /health, and holds what vLLM's processes hold: shared memory and a socket.
 SERVER = """
 import http.server, os, pathlib, signal, socket, sys
-from multiprocessing import resource_tracker, shared_memory
+from multiprocessing import get_context, resource_tracker, shared_memory
 
 folder = pathlib.Path(os.environ["VLLM_RPC_BASE_PATH"])
 segment = shared_memory.SharedMemory(create=True, size=4096)
@@ -20,7 +20,10 @@ segment = shared_memory.SharedMemory(create=True, size=4096)
 resource_tracker.unregister(segment._name, "shared_memory")
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(str(folder / "rpc"))
-pathlib.Path(sys.argv[1]).write_text(f"{segment.name} {folder}")
+semaphore = get_context("spawn").Semaphore()
+resource_tracker.unregister(semaphore._semlock.name, "semaphore")
+names = [segment.name, "sem." + semaphore._semlock.name.lstrip("/")]
+pathlib.Path(sys.argv[1]).write_text(" ".join([str(folder), *names]))
 
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -38,11 +41,11 @@ def test_sockets_and_shared_memory_go_with_the_server(tmp_path: Path, end: str) 
         [sys.executable, "-c", SERVER, str(note)], log_path=tmp_path / "server.log"
     )
     server.start(timeout_seconds=30)
-    segment, _, folder = note.read_text().partition(" ")
-    assert Path("/dev/shm", segment).exists()
-    assert Path(folder, "rpc").exists()
+    folder, *names = note.read_text().split()
+    left = [Path(folder, "rpc"), *(Path("/dev/shm", name) for name in names)]
+    assert [path.exists() for path in left] == [True] * 3
     getattr(server, end)()
-    assert not Path("/dev/shm", segment).exists()
+    assert [path.exists() for path in left] == [False] * 3
     assert not Path(folder).exists()
 
 
