@@ -11,6 +11,7 @@ from memos_vllm_kernels import cpu_packing, cpu_pages, plain_pages
 from memos_vllm_kernels.errors import KernelInputError, UnsupportedLayout
 from memos_vllm_kernels.layout import Packing, PageGeometry
 from memos_vllm_kernels.residence import populate
+from memos_vllm_kernels.rotary import Rotation, check_rotation, rotate_keys
 from memos_vllm_kernels.support import supported
 
 
@@ -161,6 +162,41 @@ class KvPages:
             value_out=value_out,
         )
 
+    @property
+    def takes_all_layers_at_once(self) -> bool:
+        """Whether one Triton launch can move every layer: plain pages of a GPU, strided alike."""
+        first = self._pages[0]
+        return first.is_cuda and all(page.stride() == first.stride() for page in self._pages)
+
+    def import_layers(
+        self, kv: torch.Tensor, slot_mapping: torch.Tensor, rotation: Rotation | None
+    ) -> None:
+        """`import_range` for every layer in one launch; see `import_tokens`."""
+        from memos_vllm_kernels import triton_pages
+
+        self._check_slots(slot_mapping)
+        for layer_kv in kv:
+            self._check_tokens("key", layer_kv[0], len(slot_mapping))
+            self._check_tokens("value", layer_kv[1], len(slot_mapping))
+        triton_pages.import_layers(
+            self._pages, self.geometry, kv, slot_mapping.contiguous(), rotation=rotation
+        )
+
+    def export_layers(
+        self, block_ids: torch.Tensor, *, token_start: int, out: torch.Tensor
+    ) -> None:
+        """`export_range` for every layer in one launch; see `export_tokens`."""
+        from memos_vllm_kernels import triton_pages
+
+        num_tokens = out.shape[2]
+        self._check_blocks(block_ids, token_start, num_tokens)
+        for layer_out in out:
+            self._check_tokens("key_out", layer_out[0], num_tokens)
+            self._check_tokens("value_out", layer_out[1], num_tokens)
+        triton_pages.export_layers(
+            self._pages, self.geometry, block_ids.contiguous(), token_start=token_start, out=out
+        )
+
     def _page(self, layer: int) -> torch.Tensor:
         if not 0 <= layer < len(self._pages):
             raise KernelInputError(f"layer {layer} of {len(self._pages)} layers")
@@ -194,20 +230,33 @@ class KvPages:
 
 
 def import_tokens(
-    pages: KvPages, kv: torch.Tensor | Sequence[torch.Tensor], slot_mapping: torch.Tensor
+    pages: KvPages,
+    kv: torch.Tensor | Sequence[torch.Tensor],
+    slot_mapping: torch.Tensor,
+    *,
+    rotation: Rotation | None = None,
 ) -> None:
-    """Write canonical KV into every layer's slots.
+    """Write canonical KV into every layer's slots; on a GPU in one launch of a Triton kernel.
 
     Args:
         kv: [layers, 2, tokens, kv_heads, head_dim], or one [2, tokens, kv_heads, head_dim] a layer.
         slot_mapping: [tokens] int64, see `KvPages.import_range`.
+        rotation: turn the keys to other positions on their way in; values hold none.
     Raises:
         KernelInputError: wrong shape, dtype, device, stride or slot; layers before the wrong one
             may have been written.
     """
     _check_layers("kv", kv, pages)
+    if rotation is not None:
+        check_rotation(kv[0][0], rotation.deltas, rotation.table)
+    if isinstance(kv, torch.Tensor) and pages.takes_all_layers_at_once:
+        pages.import_layers(kv, slot_mapping, rotation)
+        return
     for layer in range(pages.num_layers):
-        pages.import_range(layer, kv[layer][0], kv[layer][1], slot_mapping)
+        key, value = kv[layer][0], kv[layer][1]
+        if rotation is not None:
+            key = rotate_keys(key, rotation.deltas, rotation.table)
+        pages.import_range(layer, key, value, slot_mapping)
 
 
 def export_tokens(
@@ -237,6 +286,9 @@ def export_tokens(
             device=pages.device,
         )
     _check_layers("out", out, pages)
+    if isinstance(out, torch.Tensor) and pages.takes_all_layers_at_once:
+        pages.export_layers(block_ids, token_start=token_start, out=out)
+        return out
     for layer in range(pages.num_layers):
         pages.export_range(
             layer,

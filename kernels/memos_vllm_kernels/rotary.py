@@ -59,6 +59,18 @@ class RotaryTable:
         return 2 * len(self.inverse_frequencies)
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """By how much each token's keys are turned.
+
+    Attributes:
+        deltas: [tokens] int64 or int32; new position minus old one.
+    """
+
+    deltas: torch.Tensor
+    table: RotaryTable
+
+
 def rotate_keys(
     keys: torch.Tensor,
     deltas: torch.Tensor,
@@ -88,14 +100,29 @@ def rotate_keys(
         )
     if len(keys) == 0:
         return out
-    frequencies = torch.tensor(table.inverse_frequencies, device=keys.device)
+    cos, sin = rotation_tables(deltas, table)
     step = max(1, _PIECE_NUMBERS // (keys.shape[1] * keys.shape[2]))
     for first in range(0, len(keys), step):
         piece = slice(first, first + step)
-        angles = deltas[piece].to(torch.float32)[:, None, None] * frequencies
-        turned = _turn(keys[piece].to(torch.float32, copy=True), angles.cos(), angles.sin(), table)
+        numbers = keys[piece].to(torch.float32, copy=True)
+        turned = _turn(numbers, cos[piece, None], sin[piece, None], table)
         out[piece] = turned.to(out.dtype)
     return out
+
+
+def rotation_tables(deltas: torch.Tensor, table: RotaryTable) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the angle by which each token's pairs are turned.
+
+    In float64 until they are rounded once: in float32 an angle of 100,000 radians is off by 0.004.
+
+    Args:
+        deltas: [tokens] integers.
+    Returns:
+        [tokens, rotary_dim / 2] float32 each, contiguous, on the device of `deltas`.
+    """
+    frequencies = torch.tensor(table.inverse_frequencies, dtype=torch.float64, device=deltas.device)
+    angles = deltas.to(torch.float64)[:, None] * frequencies
+    return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
 
 
 def check_rotation(keys: torch.Tensor, deltas: torch.Tensor, table: RotaryTable) -> None:

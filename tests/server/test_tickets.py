@@ -1,13 +1,15 @@
-"""The second line of defence: a server whose request guard was left out.
+"""The second line of defence: a server whose request guard can be got around.
 
-Started by hand without `--middleware`, so that what a client puts into `kv_transfer_params`
-reaches the engine. Only a ticket signed with this data folder's key, for this request and this
-salt, and taken once, permits anything. The chat template of this server also refuses some texts.
+A middleware of this test's stands behind the guard and renames a harmless field, so that what a
+client puts into it reaches the engine as `kv_transfer_params`. Only a ticket signed with this data
+folder's key, for this request and this salt, and taken once, permits anything. The chat template of
+this server also refuses some texts.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from cube_kit import (
     refused,
 )
 
+from memos_vllm.engine.names import MIDDLEWARE
 from memos_vllm.engine.secrets import artifact_scope, cache_salt, load_keys
 from memos_vllm.engine.ticket import TICKET_KEY, TicketSigner
 from memos_vllm.process import ServerProcess
@@ -41,19 +44,41 @@ TEMPLATE = """{% for message in messages %}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
+# A field that the guard does not know, and what the server makes of it behind the guard.
+SMUGGLED = "smuggled_params"
+SMUGGLER = f"""
+class Smuggler:
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def renamed():
+            message = await receive()
+            if message["type"] == "http.request":
+                message["body"] = message["body"].replace(b"{SMUGGLED}", b"kv_transfer_params")
+            return message
+
+        if scope["type"] == "http":
+            lengthless = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
+            scope = {{**scope, "headers": lengthless}}
+        await self.app(scope, renamed, send)
+"""
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tickets")
 
 
 @pytest.fixture(scope="module")
-def unguarded(
+def tricked(
     start_server: Callable[..., ServerProcess],
     data_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
     template = tmp_path_factory.mktemp("template") / "picky.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
+    (template.parent / "smuggling.py").write_text(SMUGGLER, encoding="utf-8")
     connector = {
         "kv_connector": "MemCubeConnector",
         "kv_role": "kv_both",
@@ -66,22 +91,27 @@ def unguarded(
         "--chat-template",
         str(template),
         "--enable-prompt-tokens-details",
+        # The last one named is the first to see a request.
+        *("--middleware", "smuggling.Smuggler", "--middleware", MIDDLEWARE),
         by_hand=True,
-        environment={"VLLM_PLUGINS": "memos"},
+        environment={
+            "VLLM_PLUGINS": "memos",
+            "PYTHONPATH": os.pathsep.join([str(template.parent), os.environ.get("PYTHONPATH", "")]),
+        },
     )
     yield server
     server.stop()
 
 
 @pytest.fixture
-def http(unguarded: ServerProcess) -> Iterator[httpx.Client]:
-    with client_of(unguarded) as client:
+def http(tricked: ServerProcess) -> Iterator[httpx.Client]:
+    with client_of(tricked) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def cube(unguarded: ServerProcess) -> Iterator[str]:
-    with client_of(unguarded) as client:
+def cube(tricked: ServerProcess) -> Iterator[str]:
+    with client_of(tricked) as client:
         yield make_cube(client, "ticket")[0]
 
 
@@ -122,7 +152,7 @@ class Forger:
             "/v1/completions",
             json={
                 **body,
-                "kv_transfer_params": {TICKET_KEY: ticket},
+                SMUGGLED: {TICKET_KEY: ticket},
                 **({} if salt is None else {"cache_salt": salt}),
             },
             headers={"X-Request-Id": name},
@@ -228,7 +258,7 @@ def test_parameters_that_are_no_ticket_are_dropped_by_the_engine(
     before = dropped(http)
     plain = ask(http, question="Say yes.")
 
-    reply = ask(http, question="Say yes.", kv_transfer_params=value)
+    reply = ask(http, question="Say yes.", **{SMUGGLED: value})
 
     assert reply["choices"] == plain["choices"]
     assert dropped(http) == before + 1
@@ -240,7 +270,7 @@ def test_the_engine_outlives_parameters_that_vllm_itself_stumbles_over(
     http: httpx.Client, value: object
 ) -> None:
     """vLLM 0.32 answers 500 to these, before its engine sees them: one reason for the guard."""
-    hostile = {"vllm_xargs": {"kv_transfer_params": value}}
+    hostile = {"vllm_xargs": {SMUGGLED: value}}
 
     answer = http.post("/v1/chat/completions", json=chat_body(question="Say yes.", **hostile))
 

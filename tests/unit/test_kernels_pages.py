@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memos_vllm_kernels import (
+    KernelInputError,
     KvPages,
     Packing,
     export_tokens,
@@ -19,6 +20,7 @@ from memos_vllm_kernels import (
 )
 from memos_vllm_kernels.layout import INTEGER_OF_WIDTH
 from memos_vllm_kernels.reference import export_slow, import_slow
+from memos_vllm_kernels.rotary import RotaryTable, Rotation, rotate_keys
 
 PACKINGS = (Packing.PLAIN, Packing.CPU_AMX, Packing.CPU_VEC, Packing.CPU_VEC16)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -255,3 +257,21 @@ def test_what_vllm_chooses_here_can_be_moved() -> None:
         for head_dim in (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512):
             packing = Packing.from_isa(_get_attn_isa(dtype, 128, head_dim))
             assert supported((4, 2, 128, 2 * head_dim), dtype, packing) is None
+
+
+@pytest.mark.parametrize("packing", [Packing.PLAIN, Packing.CPU_AMX, Packing.CPU_VEC16])
+def test_keys_are_turned_on_their_way_into_any_pages(packing: Packing) -> None:
+    pages = [torch.zeros(4, 2, 32, 128, dtype=torch.bfloat16) for _ in range(3)]
+    kv_pages = KvPages.of(pages, packing)
+    kv = torch.randn((3, 2, 50, 2, 64), generator=torch.Generator().manual_seed(8)).bfloat16()
+    ids = torch.tensor([3, 1])
+    slots = slot_mapping(ids, 32, num_tokens=50)
+    deltas = torch.arange(50) * 11 - 200
+    table = RotaryTable.of(10_000.0 ** -(torch.arange(0, 64, 2) / 64))
+    import_tokens(kv_pages, kv, slots, rotation=Rotation(deltas, table))
+    found = export_tokens(kv_pages, ids, 50)
+    for layer, (key, value) in zip(found, kv, strict=True):
+        assert torch.equal(layer[0], rotate_keys(key, deltas, table))
+        assert torch.equal(layer[1], value)
+    with pytest.raises(KernelInputError, match="expected integers"):
+        import_tokens(kv_pages, kv, slots, rotation=Rotation(deltas[1:], table))
