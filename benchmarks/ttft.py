@@ -40,6 +40,8 @@ MODEL = "smollm2-135m-instruct"
 SERVED = "bench"
 CUBE = "handbook"
 BLOCK_TOKENS = 128
+# Four seconds or so of somebody else's answer, within which a save begins and ends.
+_OTHER_TOKENS = 96
 # What the model's template adds when a chat has no system text; memory keeps it.
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -288,8 +290,31 @@ def measure_plain_traffic(bench: Bench, rounds: int) -> list[Row]:
 
 
 def measure_saving(bench: Bench, rounds: int) -> list[Row]:
-    """A chat that computes its memory and saves it, beside one that only computes it."""
+    """A chat that computes its memory and saves it, beside one that only computes it.
+
+    Meanwhile another, plain chat streams: what saving costs it shows in the time of its tokens.
+    """
     row = Row("chat that bakes", "the same chat without memory's keeping", 1.02)
+    others = Row(
+        f"{_OTHER_TOKENS} tokens of another chat meanwhile",
+        "beside one that only computes",
+    )
+
+    def beside_another(**body: Any) -> Callable[[], Timed]:
+        def sample() -> Timed:
+            story = [{"role": "user", "content": f"Tell a story about {bench.filler(20)}."}]
+            with ThreadPoolExecutor(1) as pool:
+                other = pool.submit(
+                    bench.ask_plain, "memos", story, max_tokens=_OTHER_TOKENS, ignore_eos=True
+                )
+                time.sleep(0.5)
+                reply = bench.ask_cube(**body)
+                times["bakes" if not body else "computes"] = other.result().total_seconds
+            return reply
+
+        return sample
+
+    times: dict[str, float] = {}
     with MOS(bench.memos.url) as mos:
         cube = mos.cube(CUBE)
         first = next(iter(cube.memories()))
@@ -304,9 +329,13 @@ def measure_saving(bench: Bench, rounds: int) -> list[Row]:
             row.add(baked.ttft_seconds, computed.ttft_seconds)
             # The save is over before the next round starts.
             time.sleep(1.0)
+            cube.update_memory(first.id, text=f"{first.text}\n\nEdition {bench.filler(2)}.")
+            _in_turn(number, beside_another(), beside_another(memos={"activation": False}))
+            others.add(times["bakes"], times["computes"])
+            time.sleep(1.0)
         cube.update_memory(first.id, text=first.text)
         cube.promote("all", to="activation", wait=True)
-    return [row]
+    return [row, others]
 
 
 def count_preemptions(bench: Bench) -> dict[str, float]:
