@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 # another as fast as they can, in two processes: without a pause they take the cores that the work
 # which they wait for needs. A request that comes in between waits as long.
 _EMPTY_STEP_SECONDS = 0.02
+# What is backed with memory ahead: enough for the loads soon after a start, and little enough for
+# a machine whose pool is larger than the memory that is free.
+_MAX_BACKED_BYTES = 1 << 30
 # Saving yields the cores to the model: lowest priority but one.
 _SAVER_NICENESS = 15
 
@@ -110,7 +113,13 @@ class WorkerHalf:
             # The first job meets it again, and reports it.
             logger.debug("memos: the pages cannot be opened yet: %s", error)
             return
-        self._saver.submit(pages.populate, num_blocks)
+        geometry = pages.geometry
+        block_bytes = geometry.token_bytes * self._block_size * pages.num_layers
+        # In the kernel's blocks, into which vLLM may split its own.
+        ratio = self._block_size // geometry.block_size
+        self._saver.submit(
+            pages.populate, min(num_blocks, _MAX_BACKED_BYTES // block_bytes) * ratio
+        )
 
     def start_loads(self, jobs: Sequence[LoadJob]) -> None:
         """Queue loads; returns at once."""
