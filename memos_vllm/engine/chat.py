@@ -267,15 +267,21 @@ class MemoryChat:
         ]
 
     async def warm_up(self) -> None:
-        """Do once for a cube of the store what the first chat with any cube would be slow at:
-        its queries and its rendering, some 10 ms."""
+        """Do once what the first chat would be slow at, for the cube baked last: its queries, its
+        rendering and the search for its head, some 10 ms."""
         records = await asyncio.to_thread(self._mos.list_artifacts)
         if not records:
             return
         latest = max(records, key=lambda record: record.created_at)
         snapshots = await asyncio.to_thread(self._mos.snapshots, LOCAL_ADMIN, [latest.cube_id])
-        await asyncio.to_thread(self._known_heads, snapshots[0])
-        await self.bake_prompt(snapshots[0])
+        prompt, _ = await self.bake_prompt(snapshots[0])
+        asked: list[Any] = [{"role": "user", "content": "Hello."}]
+        request = ChatCompletionRequest(model=self.model_name, messages=asked)
+        composition = self._compose(snapshots)
+        composed = self._with_memory(request, composition)
+        call = self._permit(composed, snapshots, composition, MemoryOptions())
+        if call.find_head is not None:
+            await call.find_head(prompt)
 
     async def refuse_unfit(self, snapshot: CubeSnapshot) -> None:
         """Raise ContextTooLong or TemplateError when this cube's memory could never be used."""
