@@ -110,6 +110,10 @@ class ServerProcess:
             return
         os.killpg(self._child.pid, signal.SIGSTOP)
         try:
+            # A process that runs on another core takes the signal a moment later.
+            deadline = time.monotonic() + _STOP_SECONDS
+            while _group_runs(self._child.pid) and time.monotonic() < deadline:
+                time.sleep(0.001)
             yield
         finally:
             os.killpg(self._child.pid, signal.SIGCONT)
@@ -187,6 +191,11 @@ def free_port() -> int:
 def _group_lives(group: int) -> bool:
     """Whether a process of the group still runs; zombies of other parents do not count."""
     return any(state != "Z" for _, state in _members(group))
+
+
+def _group_runs(group: int) -> bool:
+    """Whether a process of the group has not stopped yet."""
+    return any(state not in "TtZX" for _, state in _members(group))
 
 
 def _shared_segments(group: int) -> list[Path]:

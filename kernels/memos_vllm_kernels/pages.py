@@ -11,7 +11,7 @@ from memos_vllm_kernels import cpu_packing, cpu_pages, plain_pages
 from memos_vllm_kernels.errors import KernelInputError, UnsupportedLayout
 from memos_vllm_kernels.layout import Packing, PageGeometry
 from memos_vllm_kernels.residence import populate
-from memos_vllm_kernels.rotary import Rotation, check_rotation, rotate_keys
+from memos_vllm_kernels.rotary import Rotation, check_rotation, rotation_tables, turn_keys
 from memos_vllm_kernels.support import supported
 
 
@@ -248,14 +248,16 @@ def import_tokens(
     """
     _check_layers("kv", kv, pages)
     if rotation is not None:
-        check_rotation(kv[0][0], rotation.deltas, rotation.table)
+        for layer_kv in kv:
+            check_rotation(layer_kv[0], rotation.deltas, rotation.table)
     if isinstance(kv, torch.Tensor) and pages.takes_all_layers_at_once:
         pages.import_layers(kv, slot_mapping, rotation)
         return
+    tables = None if rotation is None else rotation_tables(rotation.deltas, rotation.table)
     for layer in range(pages.num_layers):
         key, value = kv[layer][0], kv[layer][1]
-        if rotation is not None:
-            key = rotate_keys(key, rotation.deltas, rotation.table)
+        if rotation is not None and tables is not None:
+            key = turn_keys(key, tables, rotation.table)
         pages.import_range(layer, key, value, slot_mapping)
 
 

@@ -91,6 +91,17 @@ def rotate_keys(
         KernelInputError: wrong shape, dtype or device, or fewer dims than are turned.
     """
     check_rotation(keys, deltas, table)
+    return turn_keys(keys, rotation_tables(deltas, table), table, out=out)
+
+
+def turn_keys(
+    keys: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    table: RotaryTable,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`rotate_keys` for many layers that share their `rotation_tables`; checks only `out`."""
     if out is None:
         out = torch.empty_like(keys, memory_format=torch.contiguous_format)
     if out.shape != keys.shape or out.device != keys.device or not out.is_floating_point():
@@ -100,7 +111,7 @@ def rotate_keys(
         )
     if len(keys) == 0:
         return out
-    cos, sin = rotation_tables(deltas, table)
+    cos, sin = tables
     step = max(1, _PIECE_NUMBERS // (keys.shape[1] * keys.shape[2]))
     for first in range(0, len(keys), step):
         piece = slice(first, first + step)

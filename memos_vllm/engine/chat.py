@@ -143,9 +143,7 @@ class MemoryChat:
             TemplateError: the model's template refuses it.
         """
         composition = self._compose([snapshot])
-        asked: list[Any] = [{"role": "user", "content": "Hello."}]
-        request = ChatCompletionRequest(model=self.model_name, messages=asked)
-        first, second = await self._probe(request, composition)
+        first, second = await self._probe(self._usual_chat(), composition)
         head = head_of(first, second)
         return first[: len(head) + 1], len(head)
 
@@ -201,6 +199,11 @@ class MemoryChat:
                 key: value for key, value in plain.vllm_xargs.items() if key != "kv_transfer_params"
             }
         return plain
+
+    def _usual_chat(self) -> ChatCompletionRequest:
+        """A chat that leaves every template option at its default."""
+        asked: list[Any] = [{"role": "user", "content": "Hello."}]
+        return ChatCompletionRequest(model=self.model_name, messages=asked)
 
     async def _probe(
         self, request: ChatCompletionRequest, composition: Composition
@@ -274,14 +277,11 @@ class MemoryChat:
             return
         latest = max(records, key=lambda record: record.created_at)
         snapshots = await asyncio.to_thread(self._mos.snapshots, LOCAL_ADMIN, [latest.cube_id])
-        prompt, _ = await self.bake_prompt(snapshots[0])
-        asked: list[Any] = [{"role": "user", "content": "Hello."}]
-        request = ChatCompletionRequest(model=self.model_name, messages=asked)
         composition = self._compose(snapshots)
-        composed = self._with_memory(request, composition)
+        composed = self._with_memory(self._usual_chat(), composition)
         call = self._permit(composed, snapshots, composition, MemoryOptions())
         if call.find_head is not None:
-            await call.find_head(prompt)
+            await call.find_head(await self._render(composed, composition))
 
     async def refuse_unfit(self, snapshot: CubeSnapshot) -> None:
         """Raise ContextTooLong or TemplateError when this cube's memory could never be used."""

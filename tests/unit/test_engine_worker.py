@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bit_patterns import any_bits, bits
 from store_samples import MAC_KEY, overwrite
 
 from memos_vllm.activation.store import ArtifactManifest, ArtifactStore, PrefixIdentity
@@ -17,7 +18,6 @@ from memos_vllm.engine import worker_half
 from memos_vllm.engine.transfer import LoadJob, LoadReport, SaveJob, SaveReport
 from memos_vllm.engine.worker_half import RankShape, WorkerHalf
 from memos_vllm_kernels import KvPages, Packing, UnsupportedLayout, import_tokens, slot_mapping
-from memos_vllm_kernels.layout import INTEGER_OF_WIDTH
 
 NUM_BLOCKS, BLOCK, HEADS, DIM, LAYERS = 12, 32, 2, 64, 3
 IDENTITY = PrefixIdentity("5c0be", "model-a", "cpu-bf16", 1)
@@ -34,18 +34,6 @@ LAYOUTS = [
 each_layout = pytest.mark.parametrize(
     ("packing", "dtype"), LAYOUTS, ids=lambda value: str(getattr(value, "value", value))
 )
-
-
-def any_bits(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    integer = INTEGER_OF_WIDTH[dtype.itemsize]
-    limits = torch.iinfo(integer)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=integer)
-    return drawn.view(dtype)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(INTEGER_OF_WIDTH[tensor.element_size()])
 
 
 class Rank:

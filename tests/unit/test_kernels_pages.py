@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from bit_patterns import any_bits, bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from memos_vllm_kernels import (
     slot_mapping,
     supported,
 )
-from memos_vllm_kernels.layout import INTEGER_OF_WIDTH
 from memos_vllm_kernels.reference import export_slow, import_slow
 from memos_vllm_kernels.rotary import RotaryTable, Rotation, rotate_keys
 
@@ -34,19 +34,6 @@ def _one_intra_op_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(INTEGER_OF_WIDTH[tensor.element_size()])
-
-
-def any_bits(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Every bit pattern is as likely: NaN payloads, infinities, -0.0 and denormals included."""
-    generator = torch.Generator().manual_seed(seed)
-    integer = INTEGER_OF_WIDTH[dtype.itemsize]
-    limits = torch.iinfo(integer)
-    drawn = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=integer)
-    return drawn.view(dtype)
 
 
 def make_pages(

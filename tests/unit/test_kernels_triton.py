@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from bit_patterns import any_bits, bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from memos_vllm_kernels import Packing, plain_pages
-from memos_vllm_kernels.layout import INTEGER_OF_WIDTH, PageGeometry
+from memos_vllm_kernels.layout import PageGeometry
 from memos_vllm_kernels.rotary import RotaryTable, Rotation, rotate_keys
 
 NUM_BLOCKS = 9
@@ -31,19 +32,6 @@ def kernels() -> Any:
 
         assert os.environ["TRITON_INTERPRET"] == "1"
         yield module
-
-
-def any_bits(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Every pattern, NaN payloads and denormals among them."""
-    integer = INTEGER_OF_WIDTH[dtype.itemsize]
-    limits = torch.iinfo(integer)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=integer)
-    return drawn.view(dtype)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(INTEGER_OF_WIDTH[tensor.element_size()])
 
 
 class Pool:
