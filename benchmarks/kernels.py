@@ -23,8 +23,8 @@ import torch
 from memos_vllm_kernels import (
     KvPages,
     Packing,
-    export_tokens,
-    import_tokens,
+    export_blocks,
+    import_blocks,
     slot_mapping,
     supported,
     unpinned_thread,
@@ -77,8 +77,8 @@ def _measure(
 
     runs: dict[str, tuple[int, Callable[[], object]]] = {
         "memcpy": (1, memcpy),
-        "import": (options.threads, lambda: import_tokens(pages, kv, slots)),
-        "export": (options.threads, lambda: export_tokens(pages, block_ids, options.tokens, out)),
+        "import": (options.threads, lambda: import_blocks(pages, kv, slots)),
+        "export": (options.threads, lambda: export_blocks(pages, block_ids, options.tokens, out)),
     }
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.repeats + 1):

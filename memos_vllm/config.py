@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 from pydantic import Field, field_validator
@@ -43,6 +44,11 @@ class ServerSettings(BaseSettings):
     )
     residency_fraction: float = Field(
         default=0.25, ge=0, le=1, description="share of the KV pool that memory may keep resident"
+    )
+    artifact_dtype: Literal["exact", "int8", "int4", "fp8"] = Field(
+        default="exact",
+        description="how KV is written to disk: exact, or smaller and approximate (int8 halves "
+        "bfloat16, int4 takes less than a third)",
     )
     allow_portable: bool = Field(
         default=False, description="load artifacts baked under another numerics class"

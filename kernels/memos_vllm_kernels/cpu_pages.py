@@ -1,4 +1,4 @@
-"""Export from ISA-packed CPU pages: gather whole blocks, then undo the packing by index.
+"""Import to ISA-packed CPU pages by vLLM's op; export by whole blocks and the learned permutation.
 
 Numbers move as integers, so that NaN payloads, -0.0 and denormals stay as they are. Few and large
 calls, because each one takes the GIL again and a worker's main thread is busy: one `take` per block
@@ -13,22 +13,79 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from memos_vllm_kernels import cpu_packing
+from memos_vllm_kernels.conversion import from_rows, pieces, to_rows
 from memos_vllm_kernels.cpu_packing import Gather, learn
+from memos_vllm_kernels.encoding import Encoding
 from memos_vllm_kernels.layout import INTEGER_OF_WIDTH, PageGeometry
+from memos_vllm_kernels.rotary import Angles
 
 # Bounds the scratch of one call; smaller ones were no faster (24 blocks of 96 KiB against 8).
 _SCRATCH_BYTES = 4 << 20
 _NUMPY_INTEGER_OF_WIDTH = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
-def export_packed(
+def import_slots(
+    page: torch.Tensor,
+    geometry: PageGeometry,
+    kv: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    numbers: torch.dtype,
+    encoding: Encoding = Encoding.EXACT,
+    angles: Angles | None = None,
+) -> None:
+    """Write tokens into one layer's slots. Checks nothing: see `pages`.
+
+    Args:
+        page: [num_blocks, kv_heads, block_size, 2 * head_dim], blocks contiguous, mutated.
+        kv: [2, tokens, kv_heads, head_dim or row_bytes].
+        slot_mapping: [tokens] int64, contiguous.
+        numbers: what the page's bytes mean.
+        angles: by which the keys are turned.
+    """
+    if encoding is Encoding.EXACT and angles is None:
+        cpu_packing.pack(page, kv[0], kv[1], slot_mapping, geometry.packing)
+        return
+    for piece in pieces(len(slot_mapping), geometry.num_kv_heads * geometry.head_dim):
+        key, value = (
+            kv[half, piece]
+            if encoding is Encoding.EXACT and half_angles is None
+            else _converted(
+                kv[half, piece],
+                geometry,
+                numbers=numbers,
+                encoding=encoding,
+                angles=None if half_angles is None else half_angles.of_tokens(piece),
+            )
+            for half, half_angles in ((0, angles), (1, None))
+        )
+        cpu_packing.pack(page, key, value, slot_mapping[piece], geometry.packing)
+
+
+def _converted(
+    rows: torch.Tensor,
+    geometry: PageGeometry,
+    *,
+    numbers: torch.dtype,
+    encoding: Encoding,
+    angles: Angles | None,
+) -> torch.Tensor:
+    shape = (len(rows), geometry.num_kv_heads, geometry.head_dim)
+    out = torch.empty(shape, dtype=numbers)
+    from_rows(rows, encoding, out=out, angles=angles)
+    return out
+
+
+def export_slots(
     page: torch.Tensor,
     geometry: PageGeometry,
     block_ids: torch.Tensor,
     *,
     token_start: int,
-    key_out: torch.Tensor,
-    value_out: torch.Tensor,
+    out: torch.Tensor,
+    numbers: torch.dtype,
+    encoding: Encoding = Encoding.EXACT,
 ) -> None:
     """Copy a range of tokens of one layer. Checks nothing: see `pages`.
 
@@ -36,9 +93,10 @@ def export_packed(
         page: [num_blocks, kv_heads, block_size, 2 * head_dim], blocks contiguous.
         block_ids: [n] int64; order is token order.
         token_start: first token, counted from the first slot of `block_ids[0]`.
-        key_out, value_out: [tokens, kv_heads, head_dim], mutated.
+        out: [2, tokens, kv_heads, head_dim or row_bytes], mutated.
+        numbers: what the page's bytes mean.
     """
-    block_size, num_tokens = geometry.block_size, len(key_out)
+    block_size, num_tokens = geometry.block_size, out.shape[1]
     step = max(1, _SCRATCH_BYTES // (geometry.token_bytes * block_size))
     integers = page.view(INTEGER_OF_WIDTH[geometry.dtype.itemsize])
     last_block = -(-(token_start + num_tokens) // block_size)
@@ -48,8 +106,15 @@ def export_packed(
         # The tokens of these blocks, cut to the range that is asked for.
         begin = max(token_start, first * block_size)
         end = min(token_start + num_tokens, (first + len(chosen)) * block_size)
-        span = slice(begin - token_start, end - token_start)
-        _unpack(blocks, geometry, begin - first * block_size, key_out[span], value_out[span])
+        rows = out[:, begin - token_start : end - token_start]
+        if encoding is Encoding.EXACT:
+            _unpack(blocks, geometry, begin - first * block_size, rows[0], rows[1])
+            continue
+        shape = (2, end - begin, geometry.num_kv_heads, geometry.head_dim)
+        found = torch.empty(shape, dtype=numbers)
+        _unpack(blocks, geometry, begin - first * block_size, found[0], found[1])
+        for half in range(2):
+            to_rows(found[half], encoding, out=rows[half])
 
 
 def _unpack(

@@ -6,7 +6,8 @@
     int4   dim nibbles (low one first), then a bfloat16 scale and minimum for each 32 dims
 
 The scale is rounded to bfloat16 before it is used, so that decoding multiplies by the very number
-that encoding divided by. This module is the plain torch truth and the CPU path.
+that encoding divided by. This module is the plain torch truth; `conversion` and `triton_pages` are
+the same arithmetic, faster.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from memos_vllm_kernels.errors import KernelInputError
 INT4_GROUP = 32
 _SCALE = torch.bfloat16
 _SCALE_BYTES = 2
-_INT8_LIMIT = 127.0
-_INT4_LIMIT = 15.0
-_FP8 = torch.float8_e4m3fn
-_FP8_LIMIT = torch.finfo(_FP8).max
+INT8_LIMIT = 127.0
+INT4_LIMIT = 15.0
+FP8 = torch.float8_e4m3fn
+FP8_LIMIT = torch.finfo(FP8).max
 
 
 class Encoding(Enum):
@@ -43,8 +44,12 @@ class Encoding(Enum):
         if self is Encoding.EXACT:
             return head_dim * dtype.itemsize
         if self is Encoding.INT4:
-            return -(-head_dim // 2) + _num_groups(head_dim) * 2 * _SCALE_BYTES
-        return head_dim + _SCALE_BYTES
+            return self.data_bytes(head_dim) + num_groups(head_dim) * 2 * _SCALE_BYTES
+        return self.data_bytes(head_dim) + _SCALE_BYTES
+
+    def data_bytes(self, head_dim: int) -> int:
+        """Bytes of a row before its scales; of encoded rows only."""
+        return -(-head_dim // 2) if self is Encoding.INT4 else head_dim
 
 
 def encode(tokens: torch.Tensor, encoding: Encoding) -> torch.Tensor:
@@ -67,13 +72,13 @@ def encode(tokens: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     numbers = tokens.to(torch.float32).contiguous()
     if encoding is Encoding.INT4:
         return _encode_int4(numbers)
-    limit = _INT8_LIMIT if encoding is Encoding.INT8 else _FP8_LIMIT
+    limit = INT8_LIMIT if encoding is Encoding.INT8 else FP8_LIMIT
     scale = (numbers.abs().amax(-1, keepdim=True) / limit).to(_SCALE)
     scaled = _divide(numbers, scale).clamp(-limit, limit)
     if encoding is Encoding.INT8:
         data = scaled.round().nan_to_num().to(torch.int8).view(torch.uint8)
     else:
-        data = scaled.to(_FP8).view(torch.uint8)
+        data = scaled.to(FP8).view(torch.uint8)
     return torch.cat((data, _bytes(scale)), dim=-1)
 
 
@@ -97,16 +102,21 @@ def decode(
         )
     if encoding is Encoding.EXACT:
         return rows.contiguous().view(dtype)
+    return decode_numbers(rows, encoding, head_dim=head_dim).to(dtype)
+
+
+def decode_numbers(rows: torch.Tensor, encoding: Encoding, *, head_dim: int) -> torch.Tensor:
+    """Encoded rows as float32 [tokens, kv_heads, head_dim], not rounded yet. Checks nothing."""
     if encoding is Encoding.INT4:
-        return _decode_int4(rows, head_dim).to(dtype)
+        return _decode_int4(rows, head_dim)
     data = rows[..., :head_dim].contiguous()
-    numbers = data.view(torch.int8 if encoding is Encoding.INT8 else _FP8).to(torch.float32)
-    return (numbers * _scales(rows[..., head_dim:])).to(dtype)
+    numbers = data.view(torch.int8 if encoding is Encoding.INT8 else FP8).to(torch.float32)
+    return numbers * _scales(rows[..., head_dim:])
 
 
 def _encode_int4(numbers: torch.Tensor) -> torch.Tensor:
     head_dim = numbers.shape[-1]
-    groups = _num_groups(head_dim)
+    groups = num_groups(head_dim)
     # The last group is filled up with its own last number, which moves no minimum or maximum.
     padding = groups * INT4_GROUP - head_dim
     if padding:
@@ -115,9 +125,9 @@ def _encode_int4(numbers: torch.Tensor) -> torch.Tensor:
     grouped = numbers.view(*numbers.shape[:-1], groups, INT4_GROUP)
     low, high = (bound.unsqueeze(-1) for bound in grouped.aminmax(dim=-1))
     minimum = low.to(_SCALE)
-    scale = ((high - minimum.to(torch.float32)) / _INT4_LIMIT).to(_SCALE)
+    scale = ((high - minimum.to(torch.float32)) / INT4_LIMIT).to(_SCALE)
     steps = _divide(grouped - minimum.to(torch.float32), scale)
-    levels = steps.clamp(0.0, _INT4_LIMIT).round().nan_to_num().to(torch.uint8)
+    levels = steps.clamp(0.0, INT4_LIMIT).round().nan_to_num().to(torch.uint8)
     flat = levels.flatten(-2)[..., : head_dim + head_dim % 2]
     data = flat[..., 0::2] | flat[..., 1::2] << 4
     parameters = torch.cat((scale, minimum), dim=-1).flatten(-2)
@@ -125,7 +135,7 @@ def _encode_int4(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _decode_int4(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    groups, data_bytes = _num_groups(head_dim), -(-head_dim // 2)
+    groups, data_bytes = num_groups(head_dim), -(-head_dim // 2)
     data = rows[..., :data_bytes]
     levels = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).to(torch.float32)
     parameters = _scales(rows[..., data_bytes:]).repeat_interleave(INT4_GROUP, dim=-1)
@@ -141,7 +151,8 @@ def _divide(numbers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.where(divisor == 0, torch.zeros_like(numbers), numbers / divisor)
 
 
-def _num_groups(head_dim: int) -> int:
+def num_groups(head_dim: int) -> int:
+    """Into how many groups INT4 cuts a head; the last one may be short."""
     return -(-head_dim // INT4_GROUP)
 
 

@@ -15,7 +15,12 @@ def import_slow(
     slot_mapping: torch.Tensor,
     packing: Packing,
 ) -> None:
-    """Write one layer's tokens one by one; shapes as `KvPages.import_range`."""
+    """Write one layer's tokens one by one.
+
+    Args:
+        key, value: [tokens, kv_heads, head_dim].
+        slot_mapping: [tokens] int64.
+    """
     block_size, dim = page.shape[2], page.shape[3] // 2
     integers = page.view(INTEGER_OF_WIDTH[page.element_size()])
     for token, slot in enumerate(slot_mapping.tolist()):

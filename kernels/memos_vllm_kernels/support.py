@@ -24,7 +24,7 @@ def supported(
     packing: Packing,
     *,
     kv_cache_dtype: str = "auto",
-    is_mla: bool = False,
+    num_kv_heads: int | None = None,
 ) -> str | None:
     """Why such pages cannot be moved bit for bit, or None when they can.
 
@@ -36,31 +36,29 @@ def supported(
         dtype: of the page tensor.
         packing: of the page tensor.
         kv_cache_dtype: vLLM's `cache_config.cache_dtype`.
-        is_mla: the layer keeps one latent vector instead of keys and values, which its shape need
-            not show.
+        num_kv_heads: for PLANES, whose shape does not show it.
     Returns:
         One clause without a full stop, or None.
     """
-    reason = _shape_reason(shape, is_mla) or _dtype_reason(dtype, packing, kv_cache_dtype)
-    if reason is not None or not packing.is_cpu:
-        return reason
-    _, heads, block_size, fused = shape
     try:
-        learn(PageGeometry(heads, fused // 2, block_size, dtype, packing))
+        # Of no memory: the shape is all that is read.
+        page = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        geometry = PageGeometry.of(page, packing, num_kv_heads=num_kv_heads)
+        if min(*geometry.page_shape, geometry.head_dim) < 1:
+            return f"shape {tuple(shape)} has an empty dimension"
+        reason = _dtype_reason(dtype, packing, kv_cache_dtype)
+        if reason is None and packing.is_cpu:
+            learn(geometry)
     except UnsupportedLayout as error:
         return error.reason
-    return None
+    return reason
 
 
-def _shape_reason(shape: Sequence[int], is_mla: bool) -> str | None:
-    if is_mla:
-        return "the layer keeps one latent vector instead of keys and values (MLA)"
-    if len(shape) != 4:
-        return f"a page tensor has 4 dimensions, this one has shape {tuple(shape)}"
-    _, heads, block_size, fused = shape
-    if min(heads, block_size, fused) < 1 or fused % 2:
-        return f"shape {tuple(shape)} is not [blocks, kv_heads, block_size, 2 * head_dim]"
-    return None
+def number_dtype(dtype: torch.dtype, kv_cache_dtype: str) -> torch.dtype:
+    """What the bytes of a page mean: vLLM keeps an fp8 cache in pages of uint8."""
+    if kv_cache_dtype not in _FP8:
+        return dtype
+    return torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn
 
 
 def _dtype_reason(dtype: torch.dtype, packing: Packing, kv_cache_dtype: str) -> str | None:

@@ -82,6 +82,7 @@ class NumericsClass:
         isa: the CPU attention's packing ("amx", "vec", ...) or the GPU's architecture ("sm_90").
         kv_dtype: dtype of the KV cache, with "auto" resolved.
         scales: digest of the KV scales of a quantised cache, else "".
+        artifact_dtype: how artifacts are written; smaller ones come back rounded otherwise.
     """
 
     device: str
@@ -92,6 +93,7 @@ class NumericsClass:
     kv_dtype: str
     model_dtype: str
     scales: str = ""
+    artifact_dtype: str = "exact"
 
     def __str__(self) -> str:
         """One stable line, `device=cpu;isa=amx;...`, with every field."""

@@ -18,12 +18,13 @@ from memos_vllm.activation.residency import Residency
 from memos_vllm.activation.store import ArtifactStore
 from memos_vllm.config import ServerSettings
 from memos_vllm.engine.names import CONNECTOR_NAME
+from memos_vllm.engine.pages import open_pages, unmovable
 from memos_vllm.engine.scheduler_half import EngineShape, SchedulerHalf
 from memos_vllm.engine.secrets import load_keys
 from memos_vllm.engine.ticket import TicketVerifier
 from memos_vllm.engine.worker_half import RankShape, WorkerHalf
 from memos_vllm.errors import ConfigurationError
-from memos_vllm_kernels import KvPages, Packing, UnsupportedLayout
+from memos_vllm_kernels import Encoding
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -90,6 +91,7 @@ def numerics_of(vllm_config: VllmConfig) -> str:
         kv_dtype=model_dtype if kv_dtype == "auto" else kv_dtype,
         model_dtype=model_dtype,
         scales="none" if kv_dtype == "auto" else "checkpoint",
+        artifact_dtype=settings_of(vllm_config).artifact_dtype,
     )
     return str(numerics)
 
@@ -139,39 +141,29 @@ def worker_half(
     """This rank's half, or None where the engine's KV cannot be moved."""
     if _unsupported(vllm_config, kv_cache_config) is not None:
         return None
-    layers = sorted(kv_caches, key=extract_layer_index)
+    layers = layers_in_order(kv_caches)
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    settings = settings_of(vllm_config)
     half = WorkerHalf(
         store=open_store(vllm_config, budget=False),
         rank=_rank_shape(vllm_config, layers),
-        open_pages=functools.partial(_open_pages, vllm_config, layers, kv_caches),
-        block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
-        allow_portable=settings_of(vllm_config).allow_portable,
+        open_pages=functools.partial(open_pages, vllm_config, spec, layers, kv_caches),
+        block_size=spec.block_size,
+        allow_portable=settings.allow_portable,
+        encoding=Encoding(settings.artifact_dtype),
     )
     half.prepare(num_blocks=_budget_blocks(vllm_config, kv_cache_config))
     return half
 
 
+def layers_in_order(kv_caches: dict[str, torch.Tensor]) -> list[str]:
+    """Names of this rank's attention layers, from the model's input to its output."""
+    return sorted(kv_caches, key=extract_layer_index)
+
+
 def _budget_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
     """How many blocks of the pool memory may keep; one block of it is never used."""
     return int((kv_cache_config.num_blocks - 1) * settings_of(vllm_config).residency_fraction)
-
-
-def _open_pages(
-    vllm_config: VllmConfig, layers: list[str], kv_caches: dict[str, torch.Tensor]
-) -> KvPages:
-    """View the page tensors as the attention kernels do.
-
-    Called in the background once the tensors are there, and again at the first job should the
-    attention layers not know their ISA by then: they learn it when vLLM builds their metadata.
-    """
-    packing = Packing.PLAIN
-    if current_platform.is_cpu():
-        attention = vllm_config.compilation_config.static_forward_context[layers[0]]
-        packing = Packing.from_isa(attention.isa)
-    pages = [kv_caches[name] for name in layers]
-    if any(not isinstance(page, torch.Tensor) for page in pages):
-        raise UnsupportedLayout("a layer keeps more than one tensor")
-    return KvPages.of(pages, packing, kv_cache_dtype=str(vllm_config.cache_config.cache_dtype))
 
 
 def _engine_shape(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> EngineShape:
@@ -194,9 +186,8 @@ def _engine_shape(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> En
 
 def _unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
     """Why this engine's KV cannot be moved bit for bit, or None."""
-    parallel, layout = vllm_config.parallel_config, kv_cache_config.kv_cache_layout
+    parallel = vllm_config.parallel_config
     spec: KVCacheSpec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    head_major = layout is not None and layout.endswith("HNC")
     obstacles = {
         "the model mixes several kinds of attention": len(kv_cache_config.kv_cache_groups) != 1,
         f"attention of kind {type(spec).__name__} is not supported yet": (
@@ -205,18 +196,13 @@ def _unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str
         "keys and values differ in size": (
             getattr(spec, "head_size_v", None) not in (None, getattr(spec, "head_size", None))
         ),
-        "a quantised KV cache is not supported yet": (
-            str(vllm_config.cache_config.cache_dtype) != "auto"
-        ),
         "context parallelism is not supported yet": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
         "speculative decoding is not supported yet": vllm_config.speculative_config is not None,
-        f"the KV cache layout {layout} is not supported yet": (
-            not current_platform.is_cpu() and not head_major
-        ),
     }
-    return next((reason for reason, met in obstacles.items() if met), None)
+    found = next((reason for reason, met in obstacles.items() if met), None)
+    return found or unmovable(spec, vllm_config.cache_config)
 
 
 def _rank_shape(vllm_config: VllmConfig, layers: list[str]) -> RankShape:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -50,6 +51,7 @@ class MemCubeConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._layer_index: dict[str, int] = {}
         # Whether the worker's step has nothing to compute.
         self._empty_step = False
         if role is KVConnectorRole.SCHEDULER:
@@ -63,17 +65,26 @@ class MemCubeConnector(KVConnectorBase_V1, SupportsHMA):
     # --- worker half --------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        layers = assembly.layers_in_order(kv_caches)
+        self._layer_index = {name: index for index, name in enumerate(layers)}
         self._worker = assembly.worker_half(self._vllm_config, self._kv_cache_config, kv_caches)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         # vLLM has no attention metadata when it calls this without a forward pass.
         self._empty_step = forward_context.attn_metadata is None
-        if self._worker is not None and isinstance(metadata, StepMetadata):
+        if self._worker is None:
+            return
+        if isinstance(metadata, StepMetadata):
             self._worker.start_loads(metadata.loads)
+        # A whole forward pass replayed as one graph calls nothing in between.
+        whole_graph = forward_context.cudagraph_runtime_mode is CUDAGraphMode.FULL
+        self._worker.begin_step(layer_by_layer=not whole_graph)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: a request runs only when its load has ended."""
+        index = self._layer_index.get(layer_name)
+        if self._worker is not None and index is not None:
+            self._worker.wait_for_layer(index)
 
     def save_kv_layer(
         self,

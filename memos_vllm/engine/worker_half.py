@@ -3,6 +3,10 @@
 Loads and saves run in background threads. A page that a load writes belongs to a request that
 waits for it; a page that a save reads is complete and referenced. So neither races with the
 model, and the model never waits for either.
+
+On a GPU a load is reported when all of it is verified and on its way: the model then waits for each
+layer where it needs it. One layer ahead, because vLLM writes a layer's new KV before it says that
+it reads the layer, and a page may by then be another request's.
 """
 
 from __future__ import annotations
@@ -34,7 +38,14 @@ from memos_vllm.engine.transfer import (
     StepReport,
 )
 from memos_vllm.errors import ArtifactError, ArtifactMissing, FingerprintMismatch
-from memos_vllm_kernels import KernelInputError, KvPages, slot_mapping, unpin_thread
+from memos_vllm_kernels import (
+    Encoding,
+    KernelInputError,
+    KvPages,
+    PageMover,
+    slot_mapping,
+    unpin_thread,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +83,8 @@ class WorkerHalf:
         rank: this rank's part of the model.
         open_pages: makes the page view; called once, at the first job, when vLLM has chosen
             its attention kernels.
+        encoding: how saves write KV; a load reads what it finds.
+        move: makes the mover of the pages.
     """
 
     def __init__(
@@ -82,13 +95,18 @@ class WorkerHalf:
         open_pages: Callable[[], KvPages],
         block_size: int,
         allow_portable: bool = False,
+        encoding: Encoding = Encoding.EXACT,
+        move: Callable[[KvPages], PageMover] = PageMover,
     ) -> None:
         self._store = store
         self._rank = rank
         self._open_pages = open_pages
         self._block_size = block_size
         self._allow_portable = allow_portable
-        self._pages: KvPages | None = None
+        self._encoding = encoding
+        self._move = move
+        self._loads_by: PageMover | None = None
+        self._saves_by: PageMover | None = None
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._under_way = 0
@@ -108,7 +126,7 @@ class WorkerHalf:
 
     def _prepare_pages(self, num_blocks: int) -> None:
         try:
-            pages = self._opened_pages()
+            pages = self._movers()[0].pages
         except (AttributeError, KernelInputError, RuntimeError) as error:
             # The first job meets it again, and reports it.
             logger.debug("memos: the pages cannot be opened yet: %s", error)
@@ -122,14 +140,32 @@ class WorkerHalf:
         )
 
     def start_loads(self, jobs: Sequence[LoadJob]) -> None:
-        """Queue loads; returns at once."""
+        """Queue loads into pages that the steps so far may still read; returns at once."""
         for job in jobs:
-            self._submit(self._loader, self._load, job)
+            self._submit(self._loader, self._load, job, self._mark())
 
     def start_saves(self, jobs: Sequence[SaveJob]) -> None:
         """Queue saves of KV that the steps so far have computed; returns at once."""
         for job in jobs if self._rank.saves else ():
-            self._submit(self._saver, self._save, job)
+            self._submit(self._saver, self._save, job, self._mark())
+
+    def begin_step(self, *, layer_by_layer: bool) -> None:
+        """Before a step computes: let it wait for the first layer of the loads reported so far.
+
+        Args:
+            layer_by_layer: `wait_for_layer` will be called; else it waits for all layers now.
+        """
+        if self._loads_by is None:
+            return
+        if layer_by_layer:
+            self._loads_by.wait_for_layer(0)
+        else:
+            self._loads_by.wait_for_layers()
+
+    def wait_for_layer(self, index: int) -> None:
+        """Let this rank's layer `index`, which follows now, and the next one find their KV."""
+        if self._loads_by is not None:
+            self._loads_by.wait_for_layer(index + 1)
 
     def wait_for_progress(self) -> None:
         """Give way to the loads and saves under way, in a step that computes nothing."""
@@ -159,18 +195,24 @@ class WorkerHalf:
         self._loader.shutdown(wait=True, cancel_futures=True)
         self._saver.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, executor: ThreadPoolExecutor, work: Callable[[Any], None], job: Any) -> None:
+    def _submit(
+        self, executor: ThreadPoolExecutor, work: Callable[[Any, Any], None], job: Any, mark: Any
+    ) -> None:
         with self._lock:
             self._under_way += 1
-        executor.submit(work, job)
+        executor.submit(work, job, mark)
+
+    def _mark(self) -> Any:
+        """What the model has been given to compute so far, for the movers to come after."""
+        return None if self._loads_by is None else self._loads_by.mark()
 
     # --- loading ------------------------------------------------------------------------
 
-    def _load(self, job: LoadJob) -> None:
+    def _load(self, job: LoadJob, mark: Any) -> None:
         started = time.perf_counter()
         num_bytes, error, unusable = 0, None, False
         try:
-            num_bytes = self._import(job)
+            num_bytes = self._import(job, mark)
         except (ArtifactUnreadable, KernelInputError, OSError, RuntimeError) as failure:
             error = str(failure)
         except ArtifactError as failure:
@@ -191,34 +233,34 @@ class WorkerHalf:
             self._loads_done.append(report)
             self._ended.notify()
 
-    def _import(self, job: LoadJob) -> int:
+    def _import(self, job: LoadJob, mark: Any) -> int:
         """Verify and copy; returns the bytes copied. Raises when anything is wrong."""
         if not job.artifact:
             raise ArtifactMissing("(unknown)", "it was evicted before the load began")
-        pages = self._opened_pages()
+        mover = self._movers()[0]
+        pages, geometry = mover.pages, mover.pages.geometry
         manifest = self._store.read_manifest(job.artifact)
-        self._check(manifest, job, dtype=str(pages.geometry.dtype).removeprefix("torch."))
+        encoding = self._check(manifest, job, pages)
         first, end = job.first_token, job.first_token + job.num_tokens
         slots = slot_mapping(
             torch.tensor(job.block_ids, dtype=torch.int64),
             self._block_size,
             num_tokens=job.num_tokens,
-        ).to(pages.device)
-        geometry = pages.geometry
-        rank = self._rank
+        )
+        rank, dtype = self._rank, pages.row_dtype(encoding)
         layers = range(rank.layer_start, rank.layer_start + pages.num_layers)
         heads = range(rank.head_start, rank.head_start + geometry.num_kv_heads)
+        num_bytes = 0
         with self._store.open_shards(manifest, layers=layers, heads=heads) as reader:
             for index, layer in enumerate(layers):
                 # Verified, and still in the core's cache when it is copied.
-                raw = reader.layer(layer, num_tokens=end)
-                # Each half is contiguous in the file; both together only when all is loaded.
-                key, value = (_as_tensor(half, geometry.dtype)[first:] for half in raw)
-                key, value = key.to(pages.device), value.to(pages.device)
-                pages.import_range(index, key, value, slots)
-        return job.num_tokens * geometry.token_bytes * pages.num_layers
+                kv = _as_tensor(reader.layer(layer, num_tokens=end), dtype)[:, first:]
+                mover.import_layer(index, kv, slots, encoding=encoding, after=mark)
+                num_bytes += kv.numel() * dtype.itemsize
+        return num_bytes
 
-    def _check(self, manifest: ArtifactManifest, job: LoadJob, *, dtype: str) -> None:
+    def _check(self, manifest: ArtifactManifest, job: LoadJob, pages: KvPages) -> Encoding:
+        """How the artifact is written. Raises when it is not what these pages can take."""
         found, expected = manifest.identity, job.identity
         if (found.scope, found.fingerprint, found.renderer_version) != (
             expected.scope,
@@ -234,22 +276,28 @@ class WorkerHalf:
             raise FingerprintMismatch(
                 manifest.key, expected=expected.numerics, found=found.numerics
             )
+        encoding = _encoding_of(manifest)
+        width = pages.layer_shape(0, encoding)[-1]
+        dtype = str(pages.row_dtype(encoding)).removeprefix("torch.")
         for shard in manifest.shards:
             # As wide, bfloat16 would pass for float16, and mean other numbers.
-            if shard.layout.dtype != dtype:
+            if (shard.layout.dtype, shard.layout.head_dim) != (dtype, width):
                 raise FingerprintMismatch(
-                    manifest.key, expected=f"{dtype} KV", found=f"{shard.layout.dtype} KV"
+                    manifest.key,
+                    expected=f"{width} {dtype} a head",
+                    found=f"{shard.layout.head_dim} {shard.layout.dtype}",
                 )
         if manifest.num_tokens < job.first_token + job.num_tokens:
             raise ArtifactUnreadable(manifest.key, "it holds fewer tokens than were planned")
+        return encoding
 
     # --- saving -------------------------------------------------------------------------
 
-    def _save(self, job: SaveJob) -> None:
+    def _save(self, job: SaveJob, mark: Any) -> None:
         started = time.perf_counter()
         shard, error = None, None
         try:
-            shard = self._export(job)
+            shard = self._export(job, mark)
         except (ArtifactError, KernelInputError, OSError, RuntimeError) as failure:
             error = str(failure)
         except Exception as failure:
@@ -261,41 +309,45 @@ class WorkerHalf:
             self._saves_done.append(report)
             self._ended.notify()
 
-    def _export(self, job: SaveJob) -> ShardEntry:
-        pages = self._opened_pages()
-        geometry = pages.geometry
-        num_tokens = len(job.token_ids)
+    def _export(self, job: SaveJob, mark: Any) -> ShardEntry:
+        mover, encoding = self._movers()[1], self._encoding
+        pages, geometry = mover.pages, mover.pages.geometry
+        shape = pages.layer_shape(len(job.token_ids), encoding)
+        staging = torch.empty(shape, dtype=pages.row_dtype(encoding))
         layout = ShardLayout(
             layer_start=self._rank.layer_start,
             num_layers=pages.num_layers,
             head_start=self._rank.head_start,
             num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            dtype=str(geometry.dtype).removeprefix("torch."),
+            head_dim=shape[-1],
+            dtype=str(staging.dtype).removeprefix("torch."),
+            encoding=encoding.value,
         )
         blocks = _kernel_blocks(job.block_ids, self._block_size, geometry.block_size)
-        staging = torch.empty(
-            (2, num_tokens, geometry.num_kv_heads, geometry.head_dim),
-            dtype=geometry.dtype,
-            device=pages.device,
-        )
         with self._store.begin_shard(job.identity, job.token_ids, layout) as writer:
             for index in range(pages.num_layers):
-                pages.export_range(
-                    index,
-                    blocks.to(pages.device),
-                    num_tokens=num_tokens,
-                    key_out=staging[0],
-                    value_out=staging[1],
-                )
+                mover.export_layer(index, blocks, out=staging, encoding=encoding, after=mark)
                 writer.write_layer(layout.layer_start + index, _as_array(staging))
             return writer.finish()
 
-    def _opened_pages(self) -> KvPages:
+    def _movers(self) -> tuple[PageMover, PageMover]:
+        """For loads and for saves, each with a stream of its own."""
         with self._lock:
-            if self._pages is None:
-                self._pages = self._open_pages()
-            return self._pages
+            if self._loads_by is None or self._saves_by is None:
+                pages = self._open_pages()
+                self._loads_by, self._saves_by = self._move(pages), self._move(pages)
+            return self._loads_by, self._saves_by
+
+
+def _encoding_of(manifest: ArtifactManifest) -> Encoding:
+    names = {shard.layout.encoding for shard in manifest.shards}
+    try:
+        (name,) = names
+        return Encoding(name)
+    except ValueError:
+        raise FingerprintMismatch(
+            manifest.key, expected="one known encoding", found=" and ".join(sorted(names))
+        ) from None
 
 
 def _kernel_blocks(block_ids: Sequence[int], block_size: int, kernel_size: int) -> torch.Tensor:
@@ -315,7 +367,7 @@ def _as_tensor(raw: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 def _as_array(tensor: torch.Tensor) -> np.ndarray:
     """The bytes of a tensor as integers of the same width, which numpy knows."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
-    array: np.ndarray = tensor.cpu().view(integers).numpy()
+    array: np.ndarray = tensor.view(integers).numpy()
     return array
 
 

@@ -8,16 +8,30 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bit_patterns import any_bits, bits
 from store_samples import MAC_KEY, overwrite
 
-from memos_vllm.activation.store import ArtifactManifest, ArtifactStore, PrefixIdentity
+from memos_vllm.activation.store import (
+    ArtifactManifest,
+    ArtifactStore,
+    PrefixIdentity,
+    ShardLayout,
+)
 from memos_vllm.engine import worker_half
 from memos_vllm.engine.transfer import LoadJob, LoadReport, SaveJob, SaveReport
 from memos_vllm.engine.worker_half import RankShape, WorkerHalf
-from memos_vllm_kernels import KvPages, Packing, UnsupportedLayout, import_tokens, slot_mapping
+from memos_vllm_kernels import (
+    Encoding,
+    KvPages,
+    Packing,
+    UnsupportedLayout,
+    import_blocks,
+    slot_mapping,
+)
+from memos_vllm_kernels.encoding import decode, encode
 
 NUM_BLOCKS, BLOCK, HEADS, DIM, LAYERS = 12, 32, 2, 64, 3
 IDENTITY = PrefixIdentity("5c0be", "model-a", "cpu-bf16", 1)
@@ -50,10 +64,15 @@ class Rank:
         shape: RankShape | None = None,
         seed: int = 0,
         allow_portable: bool = False,
+        encoding: Encoding = Encoding.EXACT,
+        bits_drawn: bool = True,
     ) -> None:
         page = (NUM_BLOCKS * BLOCK // block_size, heads, block_size, 2 * DIM)
         self.tensors = [
-            any_bits(*page, dtype=dtype, seed=seed * 10 + index) for index in range(LAYERS)
+            any_bits(*page, dtype=dtype, seed=seed * 10 + index)
+            if bits_drawn
+            else torch.randn(page, generator=torch.Generator().manual_seed(index)).to(dtype)
+            for index in range(LAYERS)
         ]
         self.pages = KvPages.of(self.tensors, packing)
         self.store = ArtifactStore(root / "store", mac_key=MAC_KEY)
@@ -63,6 +82,7 @@ class Rank:
             open_pages=lambda: self.pages,
             block_size=BLOCK,
             allow_portable=allow_portable,
+            encoding=encoding,
         )
 
     def load(
@@ -98,11 +118,11 @@ class Rank:
 
     def tokens_at(self, blocks: Sequence[int]) -> torch.Tensor:
         """Canonical KV of whole blocks, by the kernels' own reading of the pages."""
-        from memos_vllm_kernels import export_tokens
+        from memos_vllm_kernels import export_blocks
 
         size = self.pages.geometry.block_size
         ids = torch.tensor(blocks)
-        found = export_tokens(self.pages, ids, len(blocks) * size)
+        found = export_blocks(self.pages, ids, len(blocks) * size)
         assert isinstance(found, torch.Tensor)
         return found
 
@@ -183,6 +203,54 @@ def test_a_load_that_starts_behind_resident_blocks_writes_only_the_rest(
     assert report.error is None
     assert torch.equal(bits(loader.tokens_at([8, 0])), bits(saver.tokens_at([2, 9])))
     loader.assert_only_changed(before, [8, 0])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "share"),
+    [(Encoding.INT8, 0.53), (Encoding.INT4, 0.32), (Encoding.FP8, 0.53)],
+    ids=lambda value: getattr(value, "value", None),
+)
+def test_a_smaller_artifact_comes_back_as_its_encoding_rounds_it(
+    new_rank: NewRank, encoding: Encoding, share: float
+) -> None:
+    saver, manifest = baked(new_rank, packing=Packing.CPU_AMX, encoding=encoding, bits_drawn=False)
+    assert {shard.layout.encoding for shard in manifest.shards} == {encoding.value}
+    raw = LAYERS * 2 * len(TOKENS) * HEADS * DIM * 2
+    assert sum(shard.layout.kv_bytes(len(TOKENS)) for shard in manifest.shards) <= share * raw
+
+    exact = saver.tokens_at([7, 2, 9, 4]).flatten(0, 1)
+    expected = torch.stack(
+        [
+            decode(encode(half, encoding), encoding, head_dim=DIM, dtype=torch.bfloat16)
+            for half in exact
+        ]
+    )
+    for packing in (Packing.CPU_AMX, Packing.CPU_VEC, Packing.PLAIN):
+        # A loader reads what it finds, whatever it would write itself.
+        loader = new_rank(packing=packing, seed=2)
+        before = loader.snapshot()
+        report = loader.load(manifest.key, [1, 10, 3, 6])
+        assert report.error is None
+        assert report.num_bytes <= share * raw
+        found = loader.tokens_at([1, 10, 3, 6]).flatten(0, 1)
+        assert torch.equal(bits(found), bits(expected))
+        loader.assert_only_changed(before, [1, 10, 3, 6])
+
+
+def test_an_encoding_that_this_version_does_not_know_is_refused(new_rank: NewRank) -> None:
+    rank = new_rank(seed=1)
+    layout = ShardLayout(0, LAYERS, 0, HEADS, 10, "uint8", encoding="int2")
+    with rank.store.begin_shard(IDENTITY, TOKENS, layout) as writer:
+        for layer in range(LAYERS):
+            writer.write_layer(layer, np.zeros((2, len(TOKENS), HEADS, 10), dtype=np.uint8))
+        shard = writer.finish()
+    manifest = rank.store.commit(
+        IDENTITY, TOKENS, total_layers=LAYERS, total_kv_heads=HEADS, shards=[shard]
+    )
+    before = rank.snapshot()
+    report = rank.load(manifest.key, [1, 10, 3, 6])
+    assert "int2" in str(report.error)
+    rank.assert_only_changed(before, [])
 
 
 def test_an_artifact_moves_between_instruction_sets(new_rank: NewRank) -> None:
@@ -491,7 +559,7 @@ def test_the_pages_that_vllm_writes_are_the_pages_that_are_saved(new_rank: NewRa
     rank = new_rank(packing=Packing.CPU_AMX)
     given = any_bits(LAYERS, 2, len(TOKENS), HEADS, DIM, dtype=torch.bfloat16, seed=9)
     blocks = torch.tensor([7, 2, 9, 4])
-    import_tokens(rank.pages, given, slot_mapping(blocks, BLOCK, num_tokens=len(TOKENS)))
+    import_blocks(rank.pages, given, slot_mapping(blocks, BLOCK, num_tokens=len(TOKENS)))
     manifest = commit(rank, rank.save([7, 2, 9, 4]))
     loader = new_rank(packing=Packing.CPU_VEC16, seed=3)
     assert loader.load(manifest.key, [0, 1, 2, 3]).error is None

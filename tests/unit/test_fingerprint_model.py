@@ -231,5 +231,5 @@ def test_an_implied_head_dimension_equals_a_written_one() -> None:
 def test_a_numerics_class_is_one_stable_line() -> None:
     assert str(NUMERICS) == (
         "device=cpu;isa=amx;tensor_parallel=1;pipeline_parallel=1;attention_backend=cpu_attn;"
-        "kv_dtype=bfloat16;model_dtype=bfloat16;scales="
+        "kv_dtype=bfloat16;model_dtype=bfloat16;scales=;artifact_dtype=exact"
     )

@@ -34,11 +34,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 
 def test_every_kernel_compiles_for_every_target(rows: list[list[str]]) -> None:
     kernels, targets = {row[0] for row in rows}, {row[1] for row in rows}
+    forms = ("", ", turned (neox)", ", turned (interleaved)")
     assert kernels == {
-        "export",
-        "import",
-        "import, turned (neox)",
-        "import, turned (interleaved)",
+        name
+        for suffix in ("", " int8", " int4", " fp8")
+        for name in (f"export{suffix}", *(f"import{suffix}{form}" for form in forms))
     }
     assert targets == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert len(rows) == len(kernels) * len(targets)
@@ -52,9 +52,20 @@ def test_no_kernel_spills_registers_or_needs_much_shared_memory(rows: list[list[
         assert int(shared.removesuffix(" B")) <= 16_384, (kernel, target)
 
 
-def test_kv_moves_sixteen_bytes_at_a_time(rows: list[list[str]]) -> None:
-    """The narrow ones fetch slots and layer addresses, a few for each program."""
-    for kernel, target, *_, accesses in rows:
+def test_pages_move_sixteen_bytes_at_a_time(rows: list[list[str]]) -> None:
+    """The narrow accesses fetch slots and layer addresses, and rows that no alignment allows more
+    for."""
+    for kernel, target, *_, accesses, _excess in rows:
         wide, total = map(int, accesses.split(" of "))
-        assert wide >= 8, (kernel, target)
-        assert total - wide <= 7, (kernel, target)
+        is_copy = not any(name in kernel for name in ("int8", "int4", "fp8"))
+        # A warp of gfx942 is twice as wide.
+        assert wide >= (2 if target == "gfx942" else 4) * (2 if is_copy else 1), (kernel, target)
+        if is_copy:
+            assert total - wide <= 7, (kernel, target)
+
+
+def test_a_copy_moves_little_more_than_its_numbers(rows: list[list[str]]) -> None:
+    copies = [row for row in rows if row[0] in ("export", "import")]
+    assert len(copies) == 8
+    for kernel, target, *_, excess in copies:
+        assert 1 <= float(excess) <= 1.05, (kernel, target)

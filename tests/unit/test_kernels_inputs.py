@@ -21,8 +21,8 @@ from memos_vllm_kernels import (
     Packing,
     PageGeometry,
     UnsupportedLayout,
-    export_tokens,
-    import_tokens,
+    export_blocks,
+    import_blocks,
     slot_mapping,
     supported,
     tensor_over,
@@ -41,12 +41,16 @@ def tokens(count: int, *, dim: int = 64, dtype: torch.dtype = torch.bfloat16) ->
     return torch.ones(count, 2, dim, dtype=dtype)
 
 
+def halves(count: int) -> torch.Tensor:
+    return torch.stack((tokens(count), tokens(count)))
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("slot", [-1, 4 * 32, 1 << 40])
 def test_a_slot_outside_the_pages_is_refused(packing: Packing, slot: int) -> None:
     pages = pages_of(packing)
     with pytest.raises(KernelInputError, match=f"slot {slot} is not in 0 to 127"):
-        pages.import_range(0, tokens(2), tokens(2), torch.tensor([0, slot]))
+        pages.import_layer(0, halves(2), torch.tensor([0, slot]))
     assert not any(page.any() for page in pages._pages)
 
 
@@ -54,16 +58,16 @@ def test_a_slot_outside_the_pages_is_refused(packing: Packing, slot: int) -> Non
 @pytest.mark.parametrize("block", [-1, 4])
 def test_a_block_outside_the_pages_is_refused(packing: Packing, block: int) -> None:
     with pytest.raises(KernelInputError, match=f"block id {block} is not in 0 to 3"):
-        export_tokens(pages_of(packing), torch.tensor([0, block]), 64)
+        export_blocks(pages_of(packing), torch.tensor([0, block]), 64)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_more_tokens_than_the_blocks_hold_are_refused(packing: Packing) -> None:
     pages = pages_of(packing)
     with pytest.raises(KernelInputError, match="tokens 1 to 33 of 32"):
-        export_tokens(pages, torch.tensor([0]), 32, token_start=1)
+        export_blocks(pages, torch.tensor([0]), 32, token_start=1)
     with pytest.raises(KernelInputError, match="of 32"):
-        export_tokens(pages, torch.tensor([0]), -1)
+        export_blocks(pages, torch.tensor([0]), -1)
     with pytest.raises(KernelInputError, match="tokens 0 to 33 of 32"):
         slot_mapping(torch.tensor([0]), 32, num_tokens=33)
 
@@ -72,48 +76,50 @@ def test_more_tokens_than_the_blocks_hold_are_refused(packing: Packing) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        tokens(3),
-        tokens(2, dim=32),
-        tokens(2, dtype=torch.float16),
-        tokens(2, dim=128)[..., ::2],
-        tokens(2).transpose(0, 1).reshape(2, 64, 2).transpose(1, 2),
-        tokens(2)[0],
+        halves(3),
+        halves(2)[..., :32],
+        halves(2).half(),
+        torch.ones(2, 2, 2, 128, dtype=torch.bfloat16)[..., ::2],
+        halves(2).transpose(2, 3).contiguous().transpose(2, 3),
+        halves(2)[0],
+        halves(2)[:1],
     ],
-    ids=["tokens", "dim", "dtype", "stride", "transposed", "rank"],
+    ids=["tokens", "dim", "dtype", "stride", "transposed", "rank", "halves"],
 )
 def test_tokens_of_another_shape_dtype_or_stride_are_refused(
     packing: Packing, wrong: torch.Tensor
 ) -> None:
-    pages, slots = pages_of(packing), torch.tensor([0, 1])
-    for key, value in ((wrong, tokens(2)), (tokens(2), wrong)):
-        with pytest.raises(KernelInputError):
-            pages.import_range(0, key, value, slots)
-        with pytest.raises(KernelInputError):
-            pages.export_range(0, torch.tensor([0]), num_tokens=2, key_out=key, value_out=value)
+    pages = pages_of(packing)
+    with pytest.raises(KernelInputError):
+        pages.import_layer(0, wrong, torch.tensor([0, 1]))
     assert not any(page.any() for page in pages._pages)
+    with pytest.raises(KernelInputError):
+        pages.export_layer(0, torch.tensor([0]), token_start=30, out=wrong)
+    with pytest.raises(KernelInputError):
+        export_blocks(pages, torch.tensor([0]), 2, [wrong, wrong])
 
 
 def test_slots_must_be_one_dimension_of_int64() -> None:
     pages = pages_of(Packing.PLAIN)
     for slots in (torch.tensor([0, 1], dtype=torch.int32), torch.tensor([[0], [1]])):
         with pytest.raises(KernelInputError, match="one dimension of int64"):
-            pages.import_range(0, tokens(2), tokens(2), slots)
+            pages.import_layer(0, halves(2), slots)
 
 
 def test_strided_slots_are_read_as_they_are_indexed() -> None:
     for packing in PACKINGS:
         pages = pages_of(packing)
-        pages.import_range(0, tokens(2), tokens(2), torch.tensor([0, 99, 1, 99])[::2])
-        out = export_tokens(pages, torch.arange(4), 128)
+        pages.import_layer(0, halves(2), torch.tensor([0, 99, 1, 99])[::2])
+        out = export_blocks(pages, torch.arange(4), 128)
         assert out[0][0].flatten(1).any(1).nonzero().flatten().tolist() == [0, 1]
 
 
 def test_layers_that_do_not_match_are_refused() -> None:
     pages = pages_of(Packing.PLAIN)
     with pytest.raises(KernelInputError, match="layer 2 of 2"):
-        pages.import_range(2, tokens(1), tokens(1), torch.tensor([0]))
+        pages.import_layer(2, halves(1), torch.tensor([0]))
     with pytest.raises(KernelInputError, match="3 layers, the pages have 2"):
-        import_tokens(pages, torch.zeros(3, 2, 1, 2, 64), torch.tensor([0]))
+        import_blocks(pages, torch.zeros(3, 2, 1, 2, 64), torch.tensor([0]))
     with pytest.raises(KernelInputError, match="no page tensors"):
         KvPages.of([], Packing.PLAIN)
     first = torch.zeros(4, 2, 32, 128)
@@ -126,7 +132,6 @@ def test_layers_that_do_not_match_are_refused() -> None:
 def test_pages_that_cannot_be_moved_exactly_are_named(packing: Packing) -> None:
     shape, dtype = (4, 2, 32, 128), torch.bfloat16
     assert supported(shape, dtype, packing) is None
-    assert "MLA" in str(supported(shape, dtype, packing, is_mla=True))
     assert "shape (4, 32, 576)" in str(supported((4, 32, 576), dtype, packing))
     assert "head_dim" in str(supported((4, 2, 32, 127), dtype, packing))
     assert "torch.uint8" in str(supported(shape, torch.uint8, packing))
@@ -142,7 +147,7 @@ def test_fp8_moves_in_plain_pages_and_is_refused_in_packed_ones(name: str) -> No
     with pytest.raises(UnsupportedLayout, match="quantise an fp8 KV cache again"):
         KvPages.of([raw], Packing.CPU_AMX, kv_cache_dtype=name)
     pages = KvPages.of([raw], Packing.PLAIN, kv_cache_dtype=name)
-    out = export_tokens(pages, torch.tensor([2]), 16)
+    out = export_blocks(pages, torch.tensor([2]), 16)
     assert torch.equal(out[0][0], raw[2, :, :, :64].transpose(0, 1))
 
 
@@ -201,8 +206,8 @@ def test_a_packing_without_any_regularity_still_comes_back(
     try:
         pages = KvPages.of([torch.zeros(4, 2, 32, 128, dtype=torch.float16)], Packing.CPU_VEC)
         kv = torch.randn(1, 2, 70, 2, 64).half()
-        import_tokens(pages, kv, slot_mapping(torch.tensor([3, 0, 1]), 32, num_tokens=70))
-        assert torch.equal(export_tokens(pages, torch.tensor([3, 0, 1]), 70), kv)
+        import_blocks(pages, kv, slot_mapping(torch.tensor([3, 0, 1]), 32, num_tokens=70))
+        assert torch.equal(export_blocks(pages, torch.tensor([3, 0, 1]), 70), kv)
     finally:
         cpu_packing._learn.cache_clear()
 
@@ -231,7 +236,7 @@ def test_tokens_are_imported_straight_from_a_read_only_mapping(tmp_path: Path) -
         warnings.simplefilter("error")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         over = tensor_over(mapped, torch.bfloat16, kv.shape, offset_bytes=8)
-        import_tokens(pages, over, slot_mapping(torch.tensor([1, 2]), 32, num_tokens=40))
+        import_blocks(pages, over, slot_mapping(torch.tensor([1, 2]), 32, num_tokens=40))
     with pytest.raises(BufferError):
         mapped.close()
     assert torch.equal(over, kv)

@@ -1,10 +1,8 @@
-"""The Triton kernels, interpreted, move the same bits as plain torch in every physical layout."""
+"""The Triton kernels, interpreted, do what plain torch does, in every layout of pages."""
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,64 +11,91 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from memos_vllm_kernels import Packing, plain_pages
+from memos_vllm_kernels import (
+    Encoding,
+    KernelInputError,
+    KvPages,
+    Packing,
+    RotaryTable,
+    Rotation,
+    export_blocks,
+    import_blocks,
+    slot_mapping,
+)
 from memos_vllm_kernels.layout import PageGeometry
-from memos_vllm_kernels.rotary import RotaryTable, Rotation, rotate_keys
 
 NUM_BLOCKS = 9
-# Turned keys are rounded once from float32, whose sine and cosine may differ in the last place.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Of numbers around 1 that are turned: once rounded from float32, whose products may be fused.
+TOLERANCE = {
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+    torch.float8_e4m3fn: 0.26,
+    torch.float8_e5m2: 0.51,
+}
 FP8 = torch.float8_e4m3fn
+PLAIN_PACKINGS = (Packing.PLAIN, Packing.PLANES, Packing.LATENT)
+SMALLER = (Encoding.INT8, Encoding.INT4, Encoding.FP8)
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Any:
-    """The kernels for the interpreter, which Triton chooses when they are defined."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        import memos_vllm_kernels.triton_pages as module
+@dataclass
+class Twins:
+    """Two pools of the same pages: one for the kernels, one for plain torch."""
 
-        assert os.environ["TRITON_INTERPRET"] == "1"
-        yield module
+    triton: KvPages
+    torch: KvPages
+    pages: list[torch.Tensor]
+    expected: list[torch.Tensor]
 
+    @property
+    def geometry(self) -> PageGeometry:
+        return self.triton.geometry
 
-class Pool:
-    """Pages of a few layers in one of vLLM's physical orders."""
+    def assert_same(self) -> None:
+        for page, wanted in zip(self.pages, self.expected, strict=True):
+            assert torch.equal(bits(page), bits(wanted))
 
-    def __init__(
-        self,
-        *,
-        layers: int = 2,
-        heads: int = 2,
-        block_size: int = 16,
-        dim: int = 64,
-        dtype: torch.dtype = torch.bfloat16,
-        order: KVCacheLayout = KVCacheLayout.LBHNC,
-        seed: int = 1,
-    ) -> None:
-        logical = (layers, NUM_BLOCKS, heads, block_size, 2 * dim)
-        physical = [logical[axis] for axis in order.stride_order]
-        self.storage = any_bits(*physical, dtype=dtype, seed=seed)
-        places = [order.stride_order.index(axis) for axis in range(5)]
-        self.pages = list(self.storage.permute(places).unbind(0))
-        self.geometry = PageGeometry(heads, dim, block_size, dtype, Packing.PLAIN)
+    def kv(self, num_tokens: int, *, seed: int = 2) -> torch.Tensor:
+        """Canonical numbers of every bit pattern."""
+        shape = self.triton.layer_shape(num_tokens, Encoding.EXACT)
+        return any_bits(self.triton.num_layers, *shape, dtype=self.geometry.dtype, seed=seed)
 
-    def canonical(self, num_tokens: int, *, seed: int = 2) -> torch.Tensor:
-        geometry = self.geometry
-        shape = (len(self.pages), 2, num_tokens, geometry.num_kv_heads, geometry.head_dim)
-        return any_bits(*shape, dtype=geometry.dtype, seed=seed)
-
-    def expect(self, kv: torch.Tensor, slots: torch.Tensor) -> list[torch.Tensor]:
-        """What plain torch makes of these pages."""
-        expected = [page.clone() for page in self.pages]
-        for page, (key, value) in zip(expected, kv, strict=True):
-            plain_pages.import_slots(page, self.geometry, key, value, slots)
-        return expected
+    def usual_kv(self, num_tokens: int) -> torch.Tensor:
+        """Canonical numbers around 1."""
+        shape = (self.triton.num_layers, *self.triton.layer_shape(num_tokens, Encoding.EXACT))
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+        return drawn.to(self.triton.number_dtype).view(self.geometry.dtype)
 
 
-def assert_same(pages: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for page, wanted in zip(pages, expected, strict=True):
-        assert torch.equal(bits(page), bits(wanted))
+def twins(
+    packing: Packing = Packing.PLAIN,
+    *,
+    layers: int = 2,
+    heads: int = 2,
+    block_size: int = 16,
+    dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    order: KVCacheLayout = KVCacheLayout.LBHNC,
+    kv_cache_dtype: str = "auto",
+    seed: int = 1,
+) -> Twins:
+    heads = 1 if packing is Packing.LATENT else heads
+    geometry = PageGeometry(heads, dim, block_size, dtype, packing)
+    logical = (layers, NUM_BLOCKS, *geometry.page_shape)
+    physical = [logical[axis] for axis in order.stride_order]
+    places = [order.stride_order.index(axis) for axis in range(5)]
+
+    def pages() -> list[torch.Tensor]:
+        storage = any_bits(*physical, dtype=dtype, seed=seed)
+        return list(storage.permute(places).unbind(0))
+
+    mine, expected = pages(), pages()
+    return Twins(
+        KvPages(mine, geometry, kv_cache_dtype=kv_cache_dtype, kernels="triton"),
+        KvPages(expected, geometry, kv_cache_dtype=kv_cache_dtype, kernels="torch"),
+        mine,
+        expected,
+    )
 
 
 def slots_of(num_tokens: int, block_size: int, *, seed: int = 3) -> torch.Tensor:
@@ -79,106 +104,185 @@ def slots_of(num_tokens: int, block_size: int, *, seed: int = 3) -> torch.Tensor
     return torch.randperm(NUM_BLOCKS * block_size, generator=generator)[:num_tokens]
 
 
+def table_of(rotary_dim: int, *, interleaved: bool = False, first_dim: int = 0) -> RotaryTable:
+    frequencies = 10_000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
+    return RotaryTable.of(frequencies, interleaved=interleaved, first_dim=first_dim)
+
+
+def deltas_of(num_tokens: int) -> torch.Tensor:
+    return torch.randint(-3000, 3000, (num_tokens,), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("packing", PLAIN_PACKINGS)
 @pytest.mark.parametrize("order", list(KVCacheLayout), ids=lambda order: order.name)
-def test_every_layout_that_vllm_declares_is_the_same_kernel(
-    kernels: ModuleType, order: KVCacheLayout
-) -> None:
-    pool = Pool(order=order, layers=3)
-    kv, slots = pool.canonical(33), slots_of(33, 16)
-    expected = pool.expect(kv, slots)
-    kernels.import_layers(pool.pages, pool.geometry, kv, slots)
-    assert_same(pool.pages, expected)
+def test_every_physical_order_is_the_same_kernel(order: KVCacheLayout, packing: Packing) -> None:
+    both = twins(packing, order=order, layers=3)
+    kv, slots = both.kv(33), slots_of(33, 16)
+    import_blocks(both.triton, kv, slots)
+    import_blocks(both.torch, kv, slots)
+    both.assert_same()
 
-    out = torch.full_like(kv.float(), float("nan")).to(torch.bfloat16)
     ids = torch.tensor([5, 2, 7])
-    kernels.export_layers(pool.pages, pool.geometry, ids, token_start=3, out=out)
-    wanted = (ids[:, None] * 16 + torch.arange(16)).flatten()[3 : 3 + 33]
-    for page, (key, value) in zip(pool.pages, out, strict=True):
-        key_truth, value_truth = torch.empty_like(key), torch.empty_like(value)
-        plain_pages.export_slots(page, pool.geometry, wanted, key_truth, value_truth)
-        assert torch.equal(bits(key), bits(key_truth))
-        assert torch.equal(bits(value), bits(value_truth))
+    out = torch.full(kv.shape, float("nan"), dtype=kv.dtype)
+    export_blocks(both.triton, ids, 33, out, token_start=3)
+    assert torch.equal(bits(out), bits(export_blocks(both.torch, ids, 33, token_start=3)))
 
 
+@pytest.mark.parametrize("packing", PLAIN_PACKINGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, FP8], ids=str)
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256, 576])
 def test_any_head_size_and_dtype_moves_bit_for_bit(
-    kernels: ModuleType, dim: int, dtype: torch.dtype
+    dim: int, dtype: torch.dtype, packing: Packing
 ) -> None:
-    pool = Pool(dim=dim, dtype=dtype, heads=1)
-    kv, slots = pool.canonical(5), slots_of(5, 16)
-    expected = pool.expect(kv, slots)
-    kernels.import_layers(pool.pages, pool.geometry, kv, slots)
-    assert_same(pool.pages, expected)
+    cache_dtype = "fp8" if dtype is FP8 else "auto"
+    both = twins(packing, dim=dim, dtype=dtype, heads=3, kv_cache_dtype=cache_dtype)
+    kv, slots = both.kv(5), slots_of(5, 16)
+    import_blocks(both.triton, kv, slots)
+    import_blocks(both.torch, kv, slots)
+    both.assert_same()
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17, 31, 64])
 @pytest.mark.parametrize("block_size", [16, 32, 256])
 def test_export_after_import_is_the_identity_and_neighbours_stay(
-    kernels: ModuleType, block_size: int, num_tokens: int
+    block_size: int, num_tokens: int
 ) -> None:
-    pool = Pool(block_size=block_size)
-    kv = pool.canonical(num_tokens)
-    ids = torch.arange(NUM_BLOCKS - 1, -1, -1)
-    slots = (ids[:, None] * block_size + torch.arange(block_size)).flatten()[:num_tokens]
-    expected = pool.expect(kv, slots)
-    kernels.import_layers(pool.pages, pool.geometry, kv, slots)
-    assert_same(pool.pages, expected)
+    both = twins(block_size=block_size)
+    kv, ids = both.kv(num_tokens), torch.arange(NUM_BLOCKS - 1, -1, -1)
+    slots = slot_mapping(ids, block_size, num_tokens=num_tokens)
+    import_blocks(both.triton, kv, slots)
+    import_blocks(both.torch, kv, slots)
+    both.assert_same()
     out = torch.full(kv.shape, float("nan"), dtype=kv.dtype)
-    kernels.export_layers(pool.pages, pool.geometry, ids, token_start=0, out=out)
+    export_blocks(both.triton, ids, num_tokens, out)
     assert torch.equal(bits(out), bits(kv))
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    heads=st.integers(1, 5),
+    heads=st.integers(1, 32),
     num_tokens=st.integers(0, 40),
     repeated=st.lists(st.integers(0, NUM_BLOCKS - 1), min_size=4, max_size=6),
     token_start=st.integers(0, 20),
     seed=st.integers(0, 2**16),
 )
 def test_any_range_of_repeated_blocks_is_read_as_plain_torch_reads_it(
-    kernels: ModuleType,
-    *,
-    heads: int,
-    num_tokens: int,
-    repeated: list[int],
-    token_start: int,
-    seed: int,
+    *, heads: int, num_tokens: int, repeated: list[int], token_start: int, seed: int
 ) -> None:
-    pool = Pool(heads=heads, dim=16, seed=seed, layers=1)
+    both = twins(heads=heads, dim=16, seed=seed, layers=1)
     ids = torch.tensor(repeated)
     out = torch.full((1, 2, num_tokens, heads, 16), float("nan"), dtype=torch.bfloat16)
-    kernels.export_layers(pool.pages, pool.geometry, ids, token_start=token_start, out=out)
-    slots = (ids[:, None] * 16 + torch.arange(16)).flatten()[token_start : token_start + num_tokens]
-    key, value = torch.empty_like(out[0, 0]), torch.empty_like(out[0, 1])
-    plain_pages.export_slots(pool.pages[0], pool.geometry, slots, key, value)
-    assert torch.equal(bits(out[0]), bits(torch.stack((key, value))))
+    export_blocks(both.triton, ids, num_tokens, out, token_start=token_start)
+    wanted = export_blocks(both.torch, ids, num_tokens, token_start=token_start)
+    assert torch.equal(bits(out), bits(wanted))
+
+
+def assert_close(both: Twins, slots: torch.Tensor, *, dtype: torch.dtype) -> None:
+    """What was imported agrees, and nothing but these slots has changed."""
+    size = both.geometry.block_size
+    for found, wanted in zip(both.pages, both.expected, strict=True):
+        left, right = both.geometry.halves_of(found), both.geometry.halves_of(wanted)
+        chosen = [half[:, slots // size, :, slots % size] for half in (left, right)]
+        numbers = [half.view(both.triton.number_dtype).float() for half in chosen]
+        torch.testing.assert_close(*numbers, rtol=0, atol=2 * TOLERANCE[dtype])
+        # Where the rounding of one bit differs, take the other, and compare all.
+        right[:, slots // size, :, slots % size] = chosen[0]
+        assert torch.equal(bits(found), bits(wanted))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 64), (80, 80), (96, 24), (128, 128)])
 def test_keys_are_turned_on_their_way_in_and_values_are_not(
-    kernels: ModuleType, dim: int, rotary_dim: int, interleaved: bool, dtype: torch.dtype
+    dim: int, rotary_dim: int, interleaved: bool, dtype: torch.dtype
 ) -> None:
-    pool = Pool(dim=dim, dtype=dtype, order=KVCacheLayout.LBNHC)
-    generator = torch.Generator().manual_seed(4)
-    kv = torch.randn((2, 2, 21, 2, dim), generator=generator).to(dtype)
-    slots = slots_of(21, 16)
-    deltas = torch.randint(-3000, 3000, (21,), generator=generator)
-    frequencies = 10_000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
-    table = RotaryTable.of(frequencies, interleaved=interleaved)
-    before = [page.clone() for page in pool.pages]
-    kernels.import_layers(pool.pages, pool.geometry, kv, slots, rotation=Rotation(deltas, table))
+    cache_dtype = {FP8: "fp8", torch.float8_e5m2: "fp8_e5m2"}.get(dtype, "auto")
+    stored = torch.uint8 if dtype.itemsize == 1 else dtype
+    both = twins(dim=dim, dtype=stored, order=KVCacheLayout.LBNHC, kv_cache_dtype=cache_dtype)
+    kv, slots = both.usual_kv(21), slots_of(21, 16)
+    rotation = Rotation(deltas_of(21), table_of(rotary_dim, interleaved=interleaved))
+    import_blocks(both.triton, kv, slots, rotation=rotation)
+    import_blocks(both.torch, kv, slots, rotation=rotation)
+    # A row of 16 slots is a block, so that the slots' order is the tokens'.
+    found = both.geometry.halves_of(both.pages[0])[:, slots // 16, :, slots % 16]
+    keys, values = found.transpose(0, 1).unbind(0) if found.shape[0] != 2 else found.unbind(0)
+    assert torch.equal(bits(values), bits(kv[0, 1]))
+    assert torch.equal(bits(keys[..., rotary_dim:]), bits(kv[0, 0][..., rotary_dim:]))
+    assert not torch.equal(bits(keys), bits(kv[0, 0]))
+    assert_close(both, slots, dtype=dtype)
 
-    for page, old, (key, value) in zip(pool.pages, before, kv, strict=True):
-        key_found, value_found = torch.empty_like(key), torch.empty_like(value)
-        plain_pages.export_slots(page, pool.geometry, slots, key_found, value_found)
-        assert torch.equal(bits(value_found), bits(value))
-        assert torch.equal(bits(key_found[..., rotary_dim:]), bits(key[..., rotary_dim:]))
-        turned = rotate_keys(key, deltas, table)
-        torch.testing.assert_close(key_found, turned, rtol=0, atol=2 * TOLERANCE[dtype])
-        # Nothing but these slots has changed.
-        plain_pages.import_slots(old, pool.geometry, key_found, value_found, slots)
-        assert torch.equal(bits(page), bits(old))
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
+def test_of_a_latent_only_its_last_dims_are_turned(interleaved: bool) -> None:
+    both = twins(Packing.LATENT, dim=96)
+    kv, slots = both.usual_kv(21), slots_of(21, 16)
+    rotation = Rotation(deltas_of(21), table_of(32, interleaved=interleaved, first_dim=64))
+    import_blocks(both.triton, kv, slots, rotation=rotation)
+    import_blocks(both.torch, kv, slots, rotation=rotation)
+    found = both.geometry.halves_of(both.pages[1])[0, slots // 16, :, slots % 16]
+    assert torch.equal(bits(found[..., :64]), bits(kv[1, 0][..., :64]))
+    assert not torch.equal(bits(found[..., 64:]), bits(kv[1, 0][..., 64:]))
+    assert_close(both, slots, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("encoding", SMALLER)
+@pytest.mark.parametrize("packing", PLAIN_PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+def test_rows_are_written_and_read_as_plain_torch_does(
+    dim: int, dtype: torch.dtype, packing: Packing, encoding: Encoding
+) -> None:
+    both = twins(packing, dim=dim, dtype=dtype, layers=1, heads=3)
+    # Rows of numbers that are all alike, and of zeros, have a scale of 0.
+    kv, ids = both.usual_kv(40), torch.tensor([8, 1, 4])
+    kv[0, :, 3], kv[0, :, 4] = 0.0, 1.5
+    slots = slot_mapping(ids, 16, num_tokens=40)
+    import_blocks(both.triton, kv, slots)
+    import_blocks(both.torch, kv, slots)
+
+    shape = (1, *both.triton.layer_shape(37, encoding))
+    rows, wanted = torch.full(shape, 0xAB, dtype=torch.uint8), torch.empty(shape, dtype=torch.uint8)
+    export_blocks(both.triton, ids, 37, rows, token_start=2, encoding=encoding)
+    export_blocks(both.torch, ids, 37, wanted, token_start=2, encoding=encoding)
+    assert torch.equal(rows, wanted)
+
+    import_blocks(both.triton, rows, slots[:37], encoding=encoding)
+    import_blocks(both.torch, rows, slots[:37], encoding=encoding)
+    both.assert_same()
+
+
+@pytest.mark.parametrize("encoding", SMALLER)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
+def test_rows_are_decoded_and_turned_in_one_go(encoding: Encoding, interleaved: bool) -> None:
+    both = twins(dim=80, order=KVCacheLayout.BLHNC)
+    slots, ids = slots_of(21, 16), torch.tensor([0, 1])
+    import_blocks(both.torch, both.usual_kv(21), slot_mapping(ids, 16, num_tokens=21))
+    import_blocks(both.triton, both.usual_kv(21), slot_mapping(ids, 16, num_tokens=21))
+    rows = export_blocks(both.torch, ids, 21, encoding=encoding)
+    rotation = Rotation(deltas_of(21), table_of(32, interleaved=interleaved))
+    import_blocks(both.triton, rows, slots, encoding=encoding, rotation=rotation)
+    import_blocks(both.torch, rows, slots, encoding=encoding, rotation=rotation)
+    assert_close(both, slots, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("encoding", SMALLER)
+def test_what_is_no_number_is_none_after_the_way_there_and_back(encoding: Encoding) -> None:
+    both, ids = twins(layers=1, heads=1), torch.tensor([3])
+    slots = slot_mapping(ids, 16, num_tokens=4)
+    kv = both.usual_kv(4)
+    kv[0, 0, 1, 0, 5], kv[0, 1, 2, 0, 40] = float("nan"), float("inf")
+    import_blocks(both.triton, kv, slots)
+    rows = export_blocks(both.triton, ids, 4, encoding=encoding)
+    import_blocks(both.triton, rows, slots, encoding=encoding)
+    found = export_blocks(both.triton, ids, 4)
+    finite = torch.isfinite(torch.as_tensor(found)).all(-1)[0, :, :, 0]
+    assert finite.tolist() == [[True, False, True, True], [True, True, False, True]]
+
+
+def test_rows_at_odd_addresses_are_refused() -> None:
+    both = twins(layers=1)
+    width = both.triton.layer_shape(3, Encoding.INT8)[-1]
+    rows = torch.zeros(2 * 3 * 2 * width + 1, dtype=torch.uint8)[1:].view(1, 2, 3, 2, width)
+    with pytest.raises(KernelInputError, match="even addresses"):
+        import_blocks(both.triton, rows, torch.tensor([0, 1, 2]), encoding=Encoding.INT8)
+    both.assert_same()

@@ -22,7 +22,7 @@ from memos_vllm.activation.store.types import (
 )
 from memos_vllm.errors import ArtifactCorrupted
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MAX_MANIFEST_BYTES = 64 << 20
 
 _OPENING = b'{"mac":"'

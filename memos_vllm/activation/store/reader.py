@@ -66,6 +66,7 @@ class ArtifactReader:
             num_kv_heads=len(self.heads),
             head_dim=source.head_dim,
             dtype=source.dtype,
+            encoding=source.encoding,
         )
 
     def layer(self, layer: int, *, num_tokens: int) -> RawArray:

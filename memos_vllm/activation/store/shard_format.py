@@ -2,7 +2,7 @@
 
     u64     header length
     JSON    header, padded with spaces; its `__metadata__` names identity and layout
-    kv         [layers, 2, tokens, kv_heads, head_dim] in the cache dtype
+    kv         [layers, 2, tokens, kv_heads, head_dim] in the cache dtype, or rows of bytes
     token_ids  [tokens] uint32
     checksums  [layers, 2, chunks, 16] XXH3-128 of each chunk of tokens
 
@@ -29,7 +29,7 @@ from memos_vllm.activation.store.types import (
 )
 
 FORMAT_NAME = "memos_vllm.kv"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 PAGE_BYTES = 4096
 

@@ -15,6 +15,7 @@ TokenIds: TypeAlias = NDArray[np.uint32]
 RawArray: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 CHECKSUM_BYTES = 16
+EXACT = "exact"
 
 
 class KvDtype(StrEnum):
@@ -57,7 +58,13 @@ class PrefixIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """Which part of the model one file holds: a range of layers and a range of KV heads."""
+    """Which part of the model one file holds: a range of layers and a range of KV heads.
+
+    Attributes:
+        head_dim: numbers of one token and head; of encoded KV the bytes of its row.
+        dtype: of the cache; of encoded KV "uint8".
+        encoding: how the rows are written, by the kernels' name; "exact" holds the cache's numbers.
+    """
 
     layer_start: int
     num_layers: int
@@ -65,6 +72,7 @@ class ShardLayout:
     num_kv_heads: int
     head_dim: int
     dtype: str
+    encoding: str = EXACT
 
     @property
     def kv_dtype(self) -> KvDtype:
