@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import platformdirs
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1 << 30
+ArtifactDtype: TypeAlias = Literal["exact", "int8", "int4", "fp8"]
 
 
 def default_data_dir() -> Path:
@@ -45,7 +46,7 @@ class ServerSettings(BaseSettings):
     residency_fraction: float = Field(
         default=0.25, ge=0, le=1, description="share of the KV pool that memory may keep resident"
     )
-    artifact_dtype: Literal["exact", "int8", "int4", "fp8"] = Field(
+    artifact_dtype: ArtifactDtype = Field(
         default="exact",
         description="how KV is written to disk: exact, or smaller and approximate (int8 halves "
         "bfloat16, int4 takes less than a third)",

@@ -1,77 +1,132 @@
 """Turning and encoding on a CPU in one pass each, compiled by numba.
 
-The same arithmetic as `rotary` and `encoding`, number by number instead of tensor by tensor: five
-to fifteen times as fast on one core. Every array is C-contiguous. A function is compiled at its
-first call, in about half a second, and releases the GIL.
+The same arithmetic as `rotary` and `encoding`, number by number instead of tensor by tensor, at
+about ten times the speed. Numbers are float32, or bfloat16 as uint16, for which numpy has no type;
+every array is C-contiguous. A function is compiled at its first call, in about half a second, and
+releases the GIL.
 """
 
 from __future__ import annotations
 
 import numba
 import numpy as np
+from numba.extending import overload
 
 _compiled = numba.njit(nogil=True, error_model="numpy")
+_inlined = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 _GROUP = 32
 _INT8_LIMIT = np.float32(127)
 _INT4_LIMIT = np.float32(15)
 _FP8_LIMIT = np.float32(448)
+_ZERO = np.float32(0)
 _SMALLEST_NORMAL_FP8 = np.float32(2**-6)
 _FP8_STEPS_BELOW = np.float32(2**9)
 
 
 @_compiled
-def turn(numbers, cosines, sines, first_dim, interleaved):
-    """Turn keys in place.
+def _from_bfloat16(bits):
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_compiled
+def _bfloat16_bits(number):
+    """Rounded to nearest even."""
+    bits = np.float32(number).view(np.uint32)
+    odd = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return np.uint32(0x7FC0) if number != number else np.uint32(rounded)
+
+
+def _get(numbers, place):
+    """A number as float32, by the array's type."""
+
+
+def _put(numbers, place, value):
+    """The inverse."""
+
+
+@overload(_get)
+def _get_of(numbers, place):
+    if numbers.dtype == numba.types.uint16:
+        return lambda numbers, place: _from_bfloat16(numbers[place])
+    return lambda numbers, place: numbers[place]
+
+
+@overload(_put)
+def _put_of(numbers, place, value):
+    if numbers.dtype == numba.types.uint16:
+
+        def put(numbers, place, value):
+            numbers[place] = _bfloat16_bits(value)
+    else:
+
+        def put(numbers, place, value):
+            numbers[place] = value
+
+    return put
+
+
+@_compiled
+def turn(keys, angles, first_dim, interleaved, out):
+    """Turn keys, and copy the dims that are not turned.
 
     Args:
-        numbers: [tokens, kv_heads, head_dim] float32, mutated.
-        cosines, sines: [tokens, pairs] float32.
+        keys, out: [tokens, kv_heads, head_dim]; `out` is mutated.
+        angles: cosines and sines, [tokens, pairs] float32 each.
     """
-    tokens, heads, _ = numbers.shape
+    cosines, sines = angles
+    tokens, heads, dim = keys.shape
     pairs = cosines.shape[1]
+    end = first_dim + 2 * pairs
     for token in range(tokens):
+        cosine, sine = cosines[token], sines[token]
         for head in range(heads):
-            row = numbers[token, head, first_dim : first_dim + 2 * pairs]
+            source, target = keys[token, head], out[token, head]
+            for place in range(first_dim):
+                _put(target, place, _get(source, place))
+            for place in range(end, dim):
+                _put(target, place, _get(source, place))
+            source, target = source[first_dim:end], target[first_dim:end]
             if interleaved:
                 for pair in range(pairs):
-                    left, right = row[2 * pair], row[2 * pair + 1]
-                    cos, sin = cosines[token, pair], sines[token, pair]
-                    row[2 * pair] = left * cos - right * sin
-                    row[2 * pair + 1] = right * cos + left * sin
+                    left, right = _get(source, 2 * pair), _get(source, 2 * pair + 1)
+                    _put(target, 2 * pair, left * cosine[pair] - right * sine[pair])
+                    _put(target, 2 * pair + 1, right * cosine[pair] + left * sine[pair])
             else:
+                near, far = source[:pairs], source[pairs:]
+                near_out, far_out = target[:pairs], target[pairs:]
                 for pair in range(pairs):
-                    left, right = row[pair], row[pairs + pair]
-                    cos, sin = cosines[token, pair], sines[token, pair]
-                    row[pair] = left * cos - right * sin
-                    row[pairs + pair] = right * cos + left * sin
+                    left, right = _get(near, pair), _get(far, pair)
+                    _put(near_out, pair, left * cosine[pair] - right * sine[pair])
+                    _put(far_out, pair, right * cosine[pair] + left * sine[pair])
 
 
 @_compiled
 def decode_int8(rows, out):
-    """Rows [n, dim + 2] uint8 to numbers [n, dim] float32."""
+    """Rows [n, dim + 2] uint8 to numbers [n, dim]."""
     count, dim = out.shape
     for index in range(count):
         row, numbers = rows[index], out[index]
         scale = _bfloat16_at(row, dim)
         for place in range(dim):
-            numbers[place] = np.float32(np.int8(row[place])) * scale
+            _put(numbers, place, np.float32(np.int8(row[place])) * scale)
 
 
 @_compiled
 def decode_fp8(rows, values, out):
-    """Rows [n, dim + 2] uint8 to numbers [n, dim] float32; `values` are those of the 256 bytes."""
+    """Rows [n, dim + 2] uint8 to numbers [n, dim]; `values` are those of the 256 bytes."""
     count, dim = out.shape
     for index in range(count):
         row, numbers = rows[index], out[index]
         scale = _bfloat16_at(row, dim)
         for place in range(dim):
-            numbers[place] = values[row[place]] * scale
+            _put(numbers, place, values[row[place]] * scale)
 
 
 @_compiled
 def decode_int4(rows, out):
-    """Rows of nibbles, scales and minima, [n, row_bytes] uint8, to numbers [n, dim] float32."""
+    """Rows of nibbles, scales and minima, [n, row_bytes] uint8, to numbers [n, dim]."""
     count, dim = out.shape
     parameters = (dim + 1) // 2
     for index in range(count):
@@ -80,12 +135,14 @@ def decode_int4(rows, out):
             place = parameters + start // _GROUP * 4
             scale, minimum = _bfloat16_at(row, place), _bfloat16_at(row, place + 2)
             end = min(start + _GROUP, dim)
-            for pair in range(start // 2, end // 2):
-                both = row[pair]
-                numbers[2 * pair] = np.float32(both & 15) * scale + minimum
-                numbers[2 * pair + 1] = np.float32(both >> 4) * scale + minimum
-            if end % 2:
-                numbers[end - 1] = np.float32(row[end // 2] & 15) * scale + minimum
+            group, target = row[start // 2 : (end + 1) // 2], numbers[start:end]
+            for pair in range(len(target) // 2):
+                low, high = _nibbles(group[pair])
+                _put(target, 2 * pair, low * scale + minimum)
+                _put(target, 2 * pair + 1, high * scale + minimum)
+            if len(target) % 2:
+                low, _ = _nibbles(group[len(group) - 1])
+                _put(target, len(target) - 1, low * scale + minimum)
 
 
 @_compiled
@@ -96,7 +153,8 @@ def encode_int8(numbers, out):
         source, row = numbers[index], out[index]
         scale = _put_scale(row, dim, _largest(source) / _INT8_LIMIT)
         for place in range(dim):
-            row[place] = np.uint8(np.int8(_level(source[place], scale, _INT8_LIMIT)))
+            scaled = _scaled(_get(source, place), scale, -_INT8_LIMIT, _INT8_LIMIT)
+            row[place] = np.uint8(np.int32(np.rint(scaled)) & 255)
 
 
 @_compiled
@@ -107,7 +165,8 @@ def encode_fp8(numbers, out):
         source, row = numbers[index], out[index]
         scale = _put_scale(row, dim, _largest(source) / _FP8_LIMIT)
         for place in range(dim):
-            row[place] = _fp8_bits(source[place], scale)
+            scaled = _scaled(_get(source, place), scale, -_FP8_LIMIT, _FP8_LIMIT)
+            row[place] = _fp8_bits(scaled)
 
 
 @_compiled
@@ -115,77 +174,82 @@ def encode_int4(numbers, out):
     """The inverse of `decode_int4`, rounded to nearest even."""
     count, dim = numbers.shape
     parameters = (dim + 1) // 2
+    levels = np.zeros(_GROUP, dtype=np.uint8)
     for index in range(count):
-        source, row = numbers[index], out[index]
-        row[:parameters] = 0
+        row = out[index]
         for start in range(0, dim, _GROUP):
             end = min(start + _GROUP, dim)
-            low, high = source[start], source[start]
-            for place in range(start + 1, end):
-                # Written so that what is no number stays: it compares as neither.
-                number = source[place]
-                low = low if low <= number or low != low else number
-                high = high if high >= number or high != high else number
+            source = numbers[index, start:end]
+            low, high = _bounds(source)
             place = parameters + start // _GROUP * 4
             minimum = _put_scale(row, place + 2, low)
             scale = _put_scale(row, place, (high - minimum) / _INT4_LIMIT)
-            for place in range(start, end):
-                steps = np.float32(0) if scale == 0 else (source[place] - minimum) / scale
-                steps = min(max(steps, np.float32(0)), _INT4_LIMIT)
-                level = np.uint8(np.rint(steps)) if steps == steps else np.uint8(0)
-                row[place // 2] |= level << np.uint8(place % 2 * 4)
+            levels[:] = 0
+            for place in range(len(source)):
+                scaled = _scaled(_get(source, place) - minimum, scale, _ZERO, _INT4_LIMIT)
+                levels[place] = np.uint8(np.int32(np.rint(scaled)))
+            group = row[start // 2 : (end + 1) // 2]
+            for pair in range(len(group)):
+                group[pair] = levels[2 * pair] | levels[2 * pair + 1] << np.uint8(4)
+
+
+@_compiled
+def _nibbles(byte):
+    return np.float32(np.int32(byte & np.uint8(15))), np.float32(np.int32(byte >> np.uint8(4)))
 
 
 @_compiled
 def _largest(source):
-    """The largest magnitude; not a number when one is not."""
-    largest = np.float32(0)
+    """The largest magnitude; not a number when one is not, whose bits are the largest."""
+    largest = np.uint32(0)
     for place in range(len(source)):
-        magnitude = abs(source[place])
-        largest = largest if largest >= magnitude or largest != largest else magnitude
-    return largest
+        bits = np.float32(_get(source, place)).view(np.uint32) & np.uint32(0x7FFFFFFF)
+        largest = max(largest, bits)
+    return np.uint32(largest).view(np.float32)
 
 
 @_compiled
-def _level(number, scale, limit):
-    scaled = np.float32(0) if scale == 0 else number / scale
-    scaled = min(max(scaled, -limit), limit)
-    return np.rint(scaled) if scaled == scaled else np.float32(0)
+def _bounds(source):
+    """Least and largest number, neither of them a number when one is not."""
+    low, high, has_nan = _get(source, 0), _get(source, 0), False
+    for place in range(len(source)):
+        number = _get(source, place)
+        low, high = min(low, number), max(high, number)
+        has_nan |= number != number
+    nan = np.float32(np.nan)
+    return (nan, nan) if has_nan else (low, high)
+
+
+@_inlined
+def _scaled(number, scale, low, high):
+    """Divided and clamped; by a scale of 0, where all numbers are equal, to 0."""
+    scaled = _ZERO if scale == 0 else np.float32(number / scale)
+    scaled = min(max(scaled, low), high)
+    # Nothing sensible is left of what is no number; its scale is none either.
+    return scaled if scaled == scaled else _ZERO
 
 
 @_compiled
 def _bfloat16_at(row, place):
-    bits = np.uint32(row[place]) | np.uint32(row[place + 1]) << np.uint32(8)
-    return np.uint32(bits << np.uint32(16)).view(np.float32)
+    return _from_bfloat16(np.uint32(row[place]) | np.uint32(row[place + 1]) << np.uint32(8))
 
 
 @_compiled
 def _put_scale(row, place, number):
     """Round to bfloat16, write it, and return what was written."""
-    bits = np.float32(number).view(np.uint32)
-    if number != number:
-        bits = np.uint32(0x7FC0)
-    else:
-        odd = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
-        bits = np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    bits = _bfloat16_bits(number)
     row[place], row[place + 1] = np.uint8(bits & 255), np.uint8(bits >> 8)
-    return _bfloat16_at(row, place)
+    return _from_bfloat16(bits)
 
 
 @_compiled
-def _fp8_bits(number, scale):
-    """One byte of e4m3: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F is no number."""
-    scaled = np.float32(0) if scale == 0 else np.float32(number / scale)
-    scaled = min(max(scaled, -_FP8_LIMIT), _FP8_LIMIT)
-    bits = np.float32(scaled).view(np.uint32)
-    sign, magnitude = np.uint32(bits >> np.uint32(24)) & np.uint32(0x80), abs(scaled)
-    if scaled != scaled:
-        found = np.uint32(0x7F)
-    elif magnitude < _SMALLEST_NORMAL_FP8:
-        found = np.uint32(np.rint(magnitude * _FP8_STEPS_BELOW))
-    else:
-        bits = bits & np.uint32(0x7FFFFFFF)
-        odd = np.uint32(bits >> np.uint32(20)) & np.uint32(1)
-        rounded = np.uint32(bits + np.uint32(0x7FFFF) + odd) >> np.uint32(20)
-        found = np.uint32(rounded - np.uint32((127 - 7) << 3))
-    return np.uint8(sign | found)
+def _fp8_bits(number):
+    """One byte of e4m3: sign, 4 bits of exponent (bias 7), 3 of mantissa."""
+    bits = np.float32(number).view(np.uint32)
+    sign, magnitude = np.uint32(bits >> np.uint32(24)) & np.uint32(0x80), abs(number)
+    small = np.uint32(np.int32(np.rint(magnitude * _FP8_STEPS_BELOW)))
+    bits &= np.uint32(0x7FFFFFFF)
+    odd = np.uint32(bits >> np.uint32(20)) & np.uint32(1)
+    rounded = np.uint32(bits + np.uint32(0x7FFFF) + odd) >> np.uint32(20)
+    normal = np.uint32(rounded - np.uint32((127 - 7) << 3))
+    return np.uint8(sign | (small if magnitude < _SMALLEST_NORMAL_FP8 else normal))

@@ -19,6 +19,7 @@ from memos_vllm_kernels.cpu_packing import Gather, learn
 from memos_vllm_kernels.encoding import Encoding
 from memos_vllm_kernels.layout import INTEGER_OF_WIDTH, PageGeometry
 from memos_vllm_kernels.rotary import Angles
+from memos_vllm_kernels.scratch import scratch
 
 # Bounds the scratch of one call; smaller ones were no faster (24 blocks of 96 KiB against 8).
 _SCRATCH_BYTES = 4 << 20
@@ -57,6 +58,7 @@ def import_slots(
                 numbers=numbers,
                 encoding=encoding,
                 angles=None if half_angles is None else half_angles.of_tokens(piece),
+                purpose=f"half {half}",
             )
             for half, half_angles in ((0, angles), (1, None))
         )
@@ -70,9 +72,10 @@ def _converted(
     numbers: torch.dtype,
     encoding: Encoding,
     angles: Angles | None,
+    purpose: str,
 ) -> torch.Tensor:
     shape = (len(rows), geometry.num_kv_heads, geometry.head_dim)
-    out = torch.empty(shape, dtype=numbers)
+    out = scratch(purpose, shape, numbers)
     from_rows(rows, encoding, out=out, angles=angles)
     return out
 
@@ -111,7 +114,7 @@ def export_slots(
             _unpack(blocks, geometry, begin - first * block_size, rows[0], rows[1])
             continue
         shape = (2, end - begin, geometry.num_kv_heads, geometry.head_dim)
-        found = torch.empty(shape, dtype=numbers)
+        found = scratch("unpacked", shape, numbers)
         _unpack(blocks, geometry, begin - first * block_size, found[0], found[1])
         for half in range(2):
             to_rows(found[half], encoding, out=rows[half])

@@ -128,7 +128,7 @@ def _encode_int4(numbers: torch.Tensor) -> torch.Tensor:
     scale = ((high - minimum.to(torch.float32)) / INT4_LIMIT).to(_SCALE)
     steps = _divide(grouped - minimum.to(torch.float32), scale)
     levels = steps.clamp(0.0, INT4_LIMIT).round().nan_to_num().to(torch.uint8)
-    flat = levels.flatten(-2)[..., : head_dim + head_dim % 2]
+    flat = torch.nn.functional.pad(levels.flatten(-2)[..., :head_dim], (0, head_dim % 2))
     data = flat[..., 0::2] | flat[..., 1::2] << 4
     parameters = torch.cat((scale, minimum), dim=-1).flatten(-2)
     return torch.cat((data, _bytes(parameters)), dim=-1)
@@ -161,4 +161,5 @@ def _bytes(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(raw: torch.Tensor) -> torch.Tensor:
-    return raw.contiguous().view(_SCALE).to(torch.float32)
+    # A copy: of one row alone, they may lie at an odd address.
+    return raw.clone(memory_format=torch.contiguous_format).view(_SCALE).to(torch.float32)

@@ -7,7 +7,7 @@ from typing import Literal, Self, TypeAlias
 
 import torch
 
-from memos_vllm_kernels import checks, cpu_pages, plain_pages
+from memos_vllm_kernels import checks, conversion, cpu_pages, plain_pages
 from memos_vllm_kernels.encoding import Encoding
 from memos_vllm_kernels.errors import KernelInputError, UnsupportedLayout
 from memos_vllm_kernels.layout import Packing, PageGeometry
@@ -125,6 +125,12 @@ class KvPages:
         """
         count = max(0, min(num_blocks, self.num_blocks))
         return all(populate(page[:count]) for page in self._pages)
+
+    def warm_up(self, encoding: Encoding) -> None:
+        """Compile ahead what the first move of such rows would have to wait for."""
+        if not self._by_triton:
+            head_dim = self.geometry.head_dim
+            conversion.warm_up(encoding, head_dim=head_dim, dtype=self.number_dtype)
 
     def import_layer(
         self,

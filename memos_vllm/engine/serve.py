@@ -10,11 +10,16 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from memos_vllm.config import ServerSettings, set_vllm_plugins, vllm_plugins_in_environment
+from memos_vllm.config import (
+    ArtifactDtype,
+    ServerSettings,
+    set_vllm_plugins,
+    vllm_plugins_in_environment,
+)
 from memos_vllm.engine.names import CONNECTOR_NAME, MIDDLEWARE, PLUGIN_NAME
 from memos_vllm.errors import ConfigurationError, MemosError
 
@@ -72,6 +77,11 @@ def own_parser() -> argparse.ArgumentParser:
         "--residency-fraction",
         type=float,
         help="share of the KV pool that memory may keep resident (0.25)",
+    )
+    group.add_argument(
+        "--artifact-dtype",
+        choices=get_args(ArtifactDtype),
+        help="how KV is written to disk (exact); the others are smaller and approximate",
     )
     group.add_argument(
         "--allow-portable",

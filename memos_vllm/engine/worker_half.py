@@ -131,6 +131,7 @@ class WorkerHalf:
             # The first job meets it again, and reports it.
             logger.debug("memos: the pages cannot be opened yet: %s", error)
             return
+        self._saver.submit(pages.warm_up, self._encoding)
         geometry = pages.geometry
         block_bytes = geometry.token_bytes * self._block_size * pages.num_layers
         # In the kernel's blocks, into which vLLM may split its own.
