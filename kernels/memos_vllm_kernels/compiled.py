@@ -1,8 +1,8 @@
 """What the Triton kernels compile to, without a GPU: `python -m memos_vllm_kernels.compiled`.
 
 Prints a Markdown table with a row for each kernel and target: registers, spills, shared memory,
-instructions, how wide memory is accessed, and for copies the bytes that a program moves over the
-fewest that its numbers need.
+instructions, the fewest bytes that must be read and written for one number of KV, how wide memory
+is accessed, and for copies the bytes that a program moves over the fewest.
 """
 
 from __future__ import annotations
@@ -59,6 +59,12 @@ class Variant:
     def encoding(self) -> Encoding:
         return Encoding(self.constants["encoding"])
 
+    @property
+    def least_bytes_a_number(self) -> float:
+        """Read and written for one number of a key or value."""
+        numbers: int = 2 * self.constants["token_lanes"] * self.constants["head_dim"]
+        return self.least_bytes / numbers
+
     def excess(self, wide_accesses: int) -> float | None:
         """See `Compiled`."""
         if self.encoding is not Encoding.EXACT:
@@ -73,6 +79,7 @@ class Compiled:
 
     Attributes:
         spilled_bytes: of registers, into local memory.
+        least: bytes that must be moved for one number of KV.
         wide, narrow: memory instructions of 16 bytes a thread, and those of less.
         excess: bytes that a full program moves, over `least_bytes`: the wide accesses of all its
             threads, each slot once and the layer's address. None of encoded rows, whose bytes
@@ -85,6 +92,7 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     instructions: int
+    least: float
     wide: int
     narrow: int
     excess: float | None
@@ -184,6 +192,7 @@ def _read_nvidia(
         + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared_bytes=shared,
         instructions=len(re.findall(r"/\*[0-9a-f]{4}\*/\s+[@A-Z]", sass)),
+        least=variant.least_bytes_a_number,
         wide=wide,
         narrow=len(memory) - wide,
         excess=variant.excess(wide * threads),
@@ -200,6 +209,7 @@ def _read_amd(variant: Variant, target: str, assembly: str, shared: int, threads
         spilled_bytes=4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1]),  # type: ignore[index]
         shared_bytes=shared,
         instructions=len(re.findall(r"^\t[vs]_|^\t(?:global|buffer|flat|ds)_", assembly, re.M)),
+        least=variant.least_bytes_a_number,
         wide=wide,
         narrow=len(memory) - wide,
         excess=variant.excess(wide * threads),
@@ -215,16 +225,16 @@ def _tool(name: str, *arguments: str) -> str:
 
 def main() -> None:
     print(
-        "| kernel | target | registers | spilled | shared | instructions | 16-byte accesses "
-        "| bytes over the least |"
+        "| kernel | target | registers | spilled | shared | instructions | bytes a number "
+        "| 16-byte accesses | bytes over the least |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for variant in variants():
         for target in TARGETS:
             found = compile_for(variant, target)
             print(
                 f"| {found.variant} | {target} | {found.registers} | {found.spilled_bytes} B "
-                f"| {found.shared_bytes} B | {found.instructions} "
+                f"| {found.shared_bytes} B | {found.instructions} | {found.least:.2f} "
                 f"| {found.wide} of {found.wide + found.narrow} "
                 f"| {'' if found.excess is None else f'{found.excess:.3f}'} |"
             )

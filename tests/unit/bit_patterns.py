@@ -12,8 +12,10 @@ def any_bits(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     integer = INTEGER_OF_WIDTH[dtype.itemsize]
     limits = torch.iinfo(integer)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=integer)
-    return drawn.view(dtype)
+    drawn = torch.randint(
+        limits.min, limits.max, shape, generator=generator, dtype=integer, device="cpu"
+    )
+    return drawn.to(torch.get_default_device()).view(dtype)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,32 @@
-"""The Triton kernels of this process are interpreted on the CPU; those of its children are not."""
+"""The Triton kernels of this process are interpreted on the CPU; those of its children are not.
+
+MEMOS_TEST_DEVICE=cuda runs the same tests of the kernels on a GPU: `benchmarks.kernels --gpu`.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
+import torch
 
-with pytest.MonkeyPatch.context() as patch:
-    # Triton chooses when a kernel, or a function of its own library, is defined: at first import.
-    patch.setenv("TRITON_INTERPRET", "1")
-    # And again later, when it imports more of itself.
-    import triton
+DEVICE = os.environ.get("MEMOS_TEST_DEVICE", "cpu")
 
-    import memos_vllm_kernels.triton_pages  # noqa: F401
+if DEVICE == "cpu":
+    with pytest.MonkeyPatch.context() as patch:
+        # Triton chooses when a kernel, or a function of its own library, is first imported.
+        patch.setenv("TRITON_INTERPRET", "1")
+        # And again later, when it imports more of itself.
+        import triton
 
-    triton.knobs.runtime.interpret = True
+        import memos_vllm_kernels.triton_pages  # noqa: F401
+
+        triton.knobs.runtime.interpret = True
+
+
+@pytest.fixture
+def on_device() -> Iterator[torch.device]:
+    """Tensors are made where the kernels run."""
+    with torch.device(DEVICE) as device:
+        yield device

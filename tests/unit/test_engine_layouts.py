@@ -33,6 +33,8 @@ from memos_vllm.engine.transfer import LoadJob, SaveJob
 from memos_vllm.engine.worker_half import RankShape, WorkerHalf
 from memos_vllm_kernels import KvPages, Packing, UnsupportedLayout
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 NUM_BLOCKS, BLOCK, HEADS, DIM, LAYERS = 8, 32, 2, 64, 2
 TOKENS = tuple(range(3 * BLOCK))
 IDENTITY = PrefixIdentity("00" * 16, "11" * 32, "gpu", 1)

@@ -24,6 +24,8 @@ from memos_vllm_kernels import (
 )
 from memos_vllm_kernels.layout import PageGeometry
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 NUM_BLOCKS = 9
 # Of numbers around 1 that are turned: once rounded from float32, whose products may be fused.
 TOLERANCE = {
@@ -63,8 +65,9 @@ class Twins:
     def usual_kv(self, num_tokens: int) -> torch.Tensor:
         """Canonical numbers around 1."""
         shape = (self.triton.num_layers, *self.triton.layer_shape(num_tokens, Encoding.EXACT))
-        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(4))
-        return drawn.to(self.triton.number_dtype).view(self.geometry.dtype)
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(4), device="cpu")
+        drawn = drawn.to(self.triton.number_dtype).to(self.triton.device)
+        return drawn.view(self.geometry.dtype)
 
 
 def twins(
@@ -101,7 +104,8 @@ def twins(
 def slots_of(num_tokens: int, block_size: int, *, seed: int = 3) -> torch.Tensor:
     """As many slots, in any order, each once."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(NUM_BLOCKS * block_size, generator=generator)[:num_tokens]
+    drawn = torch.randperm(NUM_BLOCKS * block_size, generator=generator, device="cpu")
+    return drawn[:num_tokens].to(torch.get_default_device())
 
 
 def table_of(rotary_dim: int, *, interleaved: bool = False, first_dim: int = 0) -> RotaryTable:
@@ -110,7 +114,9 @@ def table_of(rotary_dim: int, *, interleaved: bool = False, first_dim: int = 0) 
 
 
 def deltas_of(num_tokens: int) -> torch.Tensor:
-    return torch.randint(-3000, 3000, (num_tokens,), generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.randint(-3000, 3000, (num_tokens,), generator=generator, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 @pytest.mark.parametrize("packing", PLAIN_PACKINGS)
