@@ -292,3 +292,19 @@ def test_rows_at_odd_addresses_are_refused() -> None:
     with pytest.raises(KernelInputError, match="even addresses"):
         import_blocks(both.triton, rows, torch.tensor([0, 1, 2]), encoding=Encoding.INT8)
     both.assert_same()
+
+
+def test_pools_of_more_than_two_to_the_31_numbers_are_addressed() -> None:
+    """4.3 GB of addresses, of which a few pages are ever touched."""
+    heads, size, dim = 2, 16, 128
+    num_blocks = 2**31 // (heads * size * 2 * dim) + 2
+    page = torch.empty((num_blocks, heads, size, 2 * dim), dtype=torch.bfloat16)
+    pages = KvPages.of([page], Packing.PLAIN, kernels="triton")
+    kv = any_bits(1, 2, size, heads, dim, dtype=torch.bfloat16)
+    ids = torch.tensor([num_blocks - 1])
+    import_blocks(pages, kv, slot_mapping(ids, size, num_tokens=size))
+    assert torch.equal(bits(page[-1, :, :, :dim]), bits(kv[0, 0].transpose(0, 1)))
+    assert torch.equal(bits(page[-1, :, :, dim:]), bits(kv[0, 1].transpose(0, 1)))
+    out = torch.empty_like(kv)
+    export_blocks(pages, ids, size, out)
+    assert torch.equal(bits(out), bits(kv))
