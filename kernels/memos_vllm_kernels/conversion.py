@@ -15,6 +15,7 @@ import torch
 
 from memos_vllm_kernels import rotary
 from memos_vllm_kernels.encoding import FP8, Encoding, decode_numbers, encode
+from memos_vllm_kernels.layout import INTEGER_OF_WIDTH
 from memos_vllm_kernels.rotary import Angles
 from memos_vllm_kernels.scratch import scratch
 
@@ -40,10 +41,15 @@ def from_rows(
     """Decode and turn. Checks nothing.
 
     Args:
-        rows: [tokens, kv_heads, row_bytes] uint8, or of exact rows the numbers themselves.
+        rows: [tokens, kv_heads, row_bytes] uint8, or of exact rows the numbers themselves, in the
+            dtype of `out`.
         out: [tokens, kv_heads, head_dim] in the dtype of the pages' numbers, mutated.
         angles: by which keys are turned.
     """
+    if encoding is Encoding.EXACT and angles is None:
+        integer = INTEGER_OF_WIDTH[out.element_size()]
+        out.view(integer).copy_(rows.view(integer))
+        return
     fast = _fast(out)
     for piece in pieces(len(out), out.shape[1] * out.shape[2]):
         turned = None if angles is None else angles.of_tokens(piece)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
 import torch
 
@@ -14,6 +14,9 @@ from memos_vllm_kernels.layout import Packing, PageGeometry
 from memos_vllm_kernels.residence import populate
 from memos_vllm_kernels.rotary import Angles
 from memos_vllm_kernels.support import number_dtype, supported
+
+if TYPE_CHECKING:
+    from memos_vllm_kernels.triton_pages import LayerTable
 
 Kernels: TypeAlias = Literal["auto", "torch", "triton"]
 
@@ -63,6 +66,7 @@ class KvPages:
         self.geometry = geometry
         self.number_dtype = number_dtype(geometry.dtype, kv_cache_dtype)
         wanted = "triton" if kernels == "auto" and self.device.type == "cuda" else kernels
+        self._table: LayerTable | None = None
         self._by_triton = wanted == "triton" and not geometry.packing.is_cpu
 
     @classmethod
@@ -127,7 +131,7 @@ class KvPages:
         return all(populate(page[:count]) for page in self._pages)
 
     def warm_up(self, encoding: Encoding) -> None:
-        """Compile ahead what the first move of such rows would have to wait for."""
+        """On a CPU, compile ahead what the first move of such rows would have to wait for."""
         if not self._by_triton:
             head_dim = self.geometry.head_dim
             conversion.warm_up(encoding, head_dim=head_dim, dtype=self.number_dtype)
@@ -160,11 +164,12 @@ class KvPages:
         if not checked:
             self._check_slots(slot_mapping)
         self._check_tokens("kv", kv, len(slot_mapping), encoding)
+        self._check_angles(angles, len(slot_mapping))
         slots = slot_mapping.contiguous()
         if len(slots) == 0:
             return
         if self._by_triton:
-            self._import_by_triton((page,), kv[None], slots, encoding, angles)
+            self._import_by_triton(layer, kv[None], slots, encoding, angles)
             return
         into = cpu_pages if self.geometry.packing.is_cpu else plain_pages
         into.import_slots(
@@ -207,7 +212,7 @@ class KvPages:
         if num_tokens == 0:
             return
         if self._by_triton:
-            self._export_by_triton((page,), out[None], block_ids, token_start, encoding)
+            self._export_by_triton(layer, out[None], block_ids, token_start, encoding)
             return
         source = cpu_pages if self.geometry.packing.is_cpu else plain_pages
         source.export_slots(
@@ -230,10 +235,11 @@ class KvPages:
     ) -> None:
         """`import_layer` for every layer in one launch, kv [layers, halves, tokens, ...]."""
         self._check_slots(slot_mapping)
+        self._check_angles(angles, len(slot_mapping))
         for layer_kv in kv:
             self._check_tokens("kv", layer_kv, len(slot_mapping), encoding)
         if len(slot_mapping):
-            self._import_by_triton(self._pages, kv, slot_mapping.contiguous(), encoding, angles)
+            self._import_by_triton(None, kv, slot_mapping.contiguous(), encoding, angles)
 
     def export_layers(
         self,
@@ -248,11 +254,11 @@ class KvPages:
         for layer_out in out:
             self._check_tokens("out", layer_out, out.shape[2], encoding)
         if out.shape[2]:
-            self._export_by_triton(self._pages, out, block_ids, token_start, encoding)
+            self._export_by_triton(None, out, block_ids, token_start, encoding)
 
     def _import_by_triton(
         self,
-        pages: Sequence[torch.Tensor],
+        layer: int | None,
         kv: torch.Tensor,
         slots: torch.Tensor,
         encoding: Encoding,
@@ -261,7 +267,7 @@ class KvPages:
         from memos_vllm_kernels import triton_pages
 
         triton_pages.import_layers(
-            pages,
+            self._layers(layer),
             self.geometry,
             kv,
             slots,
@@ -272,7 +278,7 @@ class KvPages:
 
     def _export_by_triton(
         self,
-        pages: Sequence[torch.Tensor],
+        layer: int | None,
         out: torch.Tensor,
         block_ids: torch.Tensor,
         token_start: int,
@@ -281,7 +287,7 @@ class KvPages:
         from memos_vllm_kernels import triton_pages
 
         triton_pages.export_layers(
-            pages,
+            self._layers(layer),
             self.geometry,
             block_ids.contiguous(),
             token_start=token_start,
@@ -289,6 +295,14 @@ class KvPages:
             numbers=self.number_dtype,
             encoding=encoding,
         )
+
+    def _layers(self, layer: int | None) -> LayerTable:
+        """One layer, or None for all of them, as the Triton kernels find them."""
+        from memos_vllm_kernels import triton_pages
+
+        if self._table is None:
+            self._table = triton_pages.LayerTable.of(self._pages)
+        return self._table if layer is None else self._table.only(layer, self._pages[layer])
 
     def _page(self, layer: int) -> torch.Tensor:
         if not 0 <= layer < len(self._pages):
@@ -303,6 +317,11 @@ class KvPages:
         checks.check_index("block_ids", block_ids, self.device)
         checks.check_range(token_start, num_tokens, room=len(block_ids) * self.geometry.block_size)
         checks.check_within("block id", block_ids, self.num_blocks)
+
+    def _check_angles(self, angles: Angles | None, num_tokens: int) -> None:
+        if angles is not None:
+            head_dim = self.geometry.head_dim
+            angles.check(num_tokens=num_tokens, head_dim=head_dim, device=self.device)
 
     def _check_tokens(
         self, name: str, tokens: torch.Tensor, num_tokens: int, encoding: Encoding

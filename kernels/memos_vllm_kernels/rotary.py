@@ -114,6 +114,16 @@ class Angles:
     sines: torch.Tensor
     table: RotaryTable
 
+    def check(self, *, num_tokens: int, head_dim: int, device: torch.device) -> None:
+        """Raise KernelInputError when they cannot turn keys [num_tokens, kv_heads, head_dim]."""
+        shape, end = (num_tokens, self.table.rotary_dim // 2), self.table.dims.stop
+        for values in (self.cosines, self.sines):
+            if values.shape != shape or values.device != device or end > head_dim:
+                raise KernelInputError(
+                    f"angles of {tuple(values.shape)} on {values.device} for dims up to {end}, "
+                    f"expected {shape} on {device} and a head of {head_dim}"
+                )
+
     def of_tokens(self, tokens: slice) -> Angles:
         return Angles(self.cosines[tokens], self.sines[tokens], self.table)
 

@@ -17,10 +17,11 @@ import torch
 from memos_vllm_kernels import checks
 from memos_vllm_kernels.encoding import Encoding
 from memos_vllm_kernels.pages import KvPages
-from memos_vllm_kernels.rotary import Angles
 
 # One buffer is filled by the host while the other is copied to the device.
 _NUM_BUFFERS = 2
+
+_HOST = torch.device("cpu")
 
 Mark: TypeAlias = Any  # where a stream stood; None on a CPU
 
@@ -92,7 +93,8 @@ class PageMover:
         self._device = (device_of or _device_of)(pages)
         self._stream: Any = None if self._device is None else self._device.stream()
         self._buffers: list[_Buffer] = []
-        self._turn = 0
+        self._turn = _NUM_BUFFERS - 1
+        self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
         self._imported: dict[int, Mark] = {}
 
     def mark(self) -> Mark:
@@ -108,7 +110,6 @@ class PageMover:
         slot_mapping: torch.Tensor,
         *,
         encoding: Encoding = Encoding.EXACT,
-        angles: Angles | None = None,
         after: Mark = None,
     ) -> None:
         """`KvPages.import_layer` from host memory.
@@ -117,7 +118,6 @@ class PageMover:
 
         Args:
             kv, slot_mapping: as there, but in host memory, and verified.
-            angles: on the pages' device.
             after: what must have been computed before the pages are written; None is everything
                 that the device was given.
         Raises:
@@ -125,22 +125,21 @@ class PageMover:
         """
         pages = self.pages
         if self._device is None:
-            pages.import_layer(layer, kv, slot_mapping, encoding=encoding, angles=angles)
+            pages.import_layer(layer, kv, slot_mapping, encoding=encoding)
             return
         # On the host, where it costs no wait for the device.
+        checks.check_index("slot_mapping", slot_mapping, _HOST)
         slots = pages.num_blocks * pages.geometry.block_size
         checks.check_within("slot", slot_mapping, slots)
         shape, dtype = pages.layer_shape(len(slot_mapping), encoding), pages.row_dtype(encoding)
-        checks.check_tokens("kv", kv, shape, dtype, torch.device("cpu"))
+        checks.check_tokens("kv", kv, shape, dtype, _HOST)
         buffer = self._free_buffer(kv.numel() * dtype.itemsize)
         staged = buffer.view(shape, dtype)
         staged.copy_(kv)
         with self._after(after):
             there = staged.to(pages.device, non_blocking=True)
-            slots_there = slot_mapping.to(pages.device, non_blocking=True)
-            pages.import_layer(
-                layer, there, slots_there, encoding=encoding, angles=angles, checked=True
-            )
+            slots_there = self._slots_there(slot_mapping)
+            pages.import_layer(layer, there, slots_there, encoding=encoding, checked=True)
             buffer.read = self._imported[layer] = self._stream.record_event()
 
     def export_layer(
@@ -167,7 +166,13 @@ class PageMover:
                 layer, block_ids, token_start=token_start, out=out, encoding=encoding
             )
             return
+        num_tokens = out.shape[1] if out.dim() > 1 else 0
+        checks.check_index("block_ids", block_ids, _HOST)
+        room = len(block_ids) * pages.geometry.block_size
+        checks.check_range(token_start, num_tokens, room=room)
         checks.check_within("block id", block_ids, pages.num_blocks)
+        shape, dtype = pages.layer_shape(num_tokens, encoding), pages.row_dtype(encoding)
+        checks.check_tokens("out", out, shape, dtype, _HOST)
         buffer = self._free_buffer(out.numel() * out.element_size())
         staged = buffer.view(tuple(out.shape), out.dtype)
         with self._after(after):
@@ -188,19 +193,19 @@ class PageMover:
     def wait_for_layer(self, layer: int) -> None:
         """Let the current stream go on only when the layer's imports so far are in its pages."""
         event = self._imported.get(layer)
-        if event is None or self._device is None:
-            return
-        if event.query():
-            # Another import of this layer may have begun since.
-            if self._imported.get(layer) is event:
-                self._imported.pop(layer, None)
-            return
-        self._device.current_stream().wait_event(event)
+        if event is not None and self._device is not None and not event.query():
+            self._device.current_stream().wait_event(event)
 
     def wait_for_layers(self) -> None:
         """`wait_for_layer` for all of them."""
         for layer in list(self._imported):
             self.wait_for_layer(layer)
+
+    def _slots_there(self, slot_mapping: torch.Tensor) -> torch.Tensor:
+        """On the device; sent once for all layers of an import."""
+        if self._slots is None or self._slots[0] is not slot_mapping:
+            self._slots = (slot_mapping, slot_mapping.to(self.pages.device, non_blocking=True))
+        return self._slots[1]
 
     @contextlib.contextmanager
     def _after(self, mark: Mark) -> Iterator[None]:

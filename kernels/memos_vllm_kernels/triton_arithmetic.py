@@ -48,12 +48,7 @@ def to_bits(value, number: tl.constexpr, element: tl.constexpr):
     elif number == tl.float8e4nv:
         return e4m3_bits(value).to(element)
     elif number == tl.float8e5:
-        value = tl.where(
-            value == value, tl.minimum(tl.maximum(value, -_E5M2_LIMIT), _E5M2_LIMIT), value
-        )
-        half = value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        rounded = (half + 0x7F + ((half >> 8) & 1)) >> 8
-        return tl.where(value == value, rounded, 0x7F).to(element)
+        return e5m2_bits(value).to(element)
     else:
         return value.to(number).to(element, bitcast=True)
 
@@ -77,6 +72,20 @@ def e4m3_bits(value):
     small = (tl.abs(clamped) * 512.0 + _ROUNDER) - _ROUNDER
     # 2^-6, the smallest normal number; what is rounded up to it has the right bits.
     found = tl.where(tl.abs(clamped) < 0.015625, small.to(tl.int32), normal)
+    return tl.where(value == value, sign | found, 0x7F)
+
+
+@triton.jit
+def e5m2_bits(value):
+    """Sign, 5 bits of exponent (bias 15), 2 of mantissa, as int32; 0x7F is no number."""
+    clamped = tl.minimum(tl.maximum(value, -_E5M2_LIMIT), _E5M2_LIMIT)
+    bits = clamped.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0xFFFFF + ((magnitude >> 21) & 1)) >> 21) - (112 << 2)
+    small = (tl.abs(clamped) * 65536.0 + _ROUNDER) - _ROUNDER
+    # 2^-14, the smallest normal number.
+    found = tl.where(tl.abs(clamped) < 0.00006103515625, small.to(tl.int32), normal)
     return tl.where(value == value, sign | found, 0x7F)
 
 

@@ -14,6 +14,7 @@ interpreted on a CPU (TRITON_INTERPRET=1).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -244,8 +245,33 @@ def export_kernel(
             store_rows(row, value, is_token, head_dim, dim_lanes, token_lanes, encoding)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerTable:
+    """Where layers lie; made once, because sending addresses to a GPU waits for it.
+
+    Attributes:
+        addresses: [layers] int64 on the pages' device.
+        page: of one of the layers, for its strides, which are those of all.
+        aligned: every layer begins at a multiple of 16 bytes; strides speak for themselves.
+    """
+
+    addresses: torch.Tensor
+    page: torch.Tensor
+    aligned: bool
+
+    @classmethod
+    def of(cls, pages: Sequence[torch.Tensor]) -> LayerTable:
+        places = [page.data_ptr() for page in pages]
+        addresses = torch.tensor(places, device=pages[0].device)
+        return cls(addresses, pages[0], all(place % 16 == 0 for place in places))
+
+    def only(self, layer: int, page: torch.Tensor) -> LayerTable:
+        """One layer's row; `page` is its own."""
+        return LayerTable(self.addresses[layer : layer + 1], page, page.data_ptr() % 16 == 0)
+
+
 def import_layers(
-    pages: Sequence[torch.Tensor],
+    layers: LayerTable,
     geometry: PageGeometry,
     kv: torch.Tensor,
     slot_mapping: torch.Tensor,
@@ -257,7 +283,7 @@ def import_layers(
     """Write canonical KV into every layer's slots. Checks only what Triton asks for: see `pages`.
 
     Args:
-        pages: one a layer in vLLM's logical axes, mutated; strides all alike.
+        layers: their pages are mutated.
         kv: [layers, halves, tokens, kv_heads, head_dim or row_bytes], last dim contiguous.
         slot_mapping: [tokens] int64, contiguous.
         numbers: what the pages' bytes mean.
@@ -277,12 +303,12 @@ def import_layers(
     dim_lanes = dim_lanes_for(geometry.head_dim)
     token_lanes = token_lanes_for(geometry.head_dim, encoding)
     import_kernel[(triton.cdiv(num_tokens, token_lanes), heads, num_layers)](
-        _layer_table(pages),
+        layers.addresses,
         tokens,
         slot_mapping,
         num_tokens,
         geometry.block_size,
-        *geometry.halves_of(pages[0]).stride()[:4],
+        *geometry.halves_of(layers.page).stride()[:4],
         *tokens.stride()[:4],
         cosines,
         sines,
@@ -296,13 +322,13 @@ def import_layers(
         encoding=encoding.value,
         element=_element(geometry.dtype),
         number=_NUMBERS.get(numbers, tl.float32),
-        aligned=_are_aligned(pages),
+        aligned=layers.aligned,
         token_lanes=token_lanes,
     )
 
 
 def export_layers(
-    pages: Sequence[torch.Tensor],
+    layers: LayerTable,
     geometry: PageGeometry,
     block_ids: torch.Tensor,
     *,
@@ -326,13 +352,13 @@ def export_layers(
     dim_lanes = dim_lanes_for(geometry.head_dim)
     token_lanes = token_lanes_for(geometry.head_dim, encoding)
     export_kernel[(triton.cdiv(num_tokens, token_lanes), heads, num_layers)](
-        _layer_table(pages),
+        layers.addresses,
         tokens,
         block_ids,
         token_start,
         num_tokens,
         geometry.block_size,
-        *geometry.halves_of(pages[0]).stride()[:4],
+        *geometry.halves_of(layers.page).stride()[:4],
         *tokens.stride()[:4],
         halves=halves,
         head_dim=geometry.head_dim,
@@ -340,7 +366,7 @@ def export_layers(
         encoding=encoding.value,
         element=_element(geometry.dtype),
         number=_NUMBERS.get(numbers, tl.float32),
-        aligned=_are_aligned(pages),
+        aligned=layers.aligned,
         token_lanes=token_lanes,
     )
 
@@ -373,16 +399,6 @@ def token_lanes_for(head_dim: int, encoding: Encoding) -> int:
     """How many tokens one program moves: a power of two."""
     numbers = _NUMBERS_PER_PROGRAM if encoding is Encoding.EXACT else _NUMBERS_PER_PROGRAM // 2
     return max(1, numbers // dim_lanes_for(head_dim))
-
-
-def _layer_table(pages: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Where each layer begins, [layers] int64 on the pages' device."""
-    return torch.tensor([page.data_ptr() for page in pages], device=pages[0].device)
-
-
-def _are_aligned(pages: Sequence[torch.Tensor]) -> bool:
-    """Whether every layer begins at a multiple of 16 bytes; strides speak for themselves."""
-    return all(page.data_ptr() % 16 == 0 for page in pages)
 
 
 def _element(dtype: torch.dtype) -> tl.dtype:

@@ -81,7 +81,8 @@ class NumericsClass:
     Args:
         isa: the CPU attention's packing ("amx", "vec", ...) or the GPU's architecture ("sm_90").
         kv_dtype: dtype of the KV cache, with "auto" resolved.
-        scales: digest of the KV scales of a quantised cache, else "".
+        scales: where the scales of a quantised cache come from: "checkpoint", of which the
+            fingerprint knows the content, or "none".
         artifact_dtype: how artifacts are written; smaller ones come back rounded otherwise.
     """
 
@@ -99,6 +100,21 @@ class NumericsClass:
         """One stable line, `device=cpu;isa=amx;...`, with every field."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return ";".join(f"{name}={_plain(str(value))}" for name, value in values)
+
+
+def same_kv_scale(left: str, right: str) -> bool:
+    """Whether KV of two numerics classes holds the same numbers but for rounding.
+
+    An fp8 cache holds them divided by scales, and its bytes do not say which fp8 they are.
+    """
+    kinds = []
+    for numerics in (left, right):
+        found = dict(part.split("=", 1) for part in numerics.split(";") if "=" in part)
+        dtype = found.get("kv_dtype", "")
+        is_fp8 = dtype.startswith("fp8")
+        kind = "fp8_e4m3" if dtype == "fp8" else dtype
+        kinds.append((kind, found.get("scales", "")) if is_fp8 else ("unscaled", ""))
+    return kinds[0] == kinds[1]
 
 
 def model_fingerprint(

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from memos_vllm.engine import assembly
@@ -52,8 +53,6 @@ class MemCubeConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._layer_index: dict[str, int] = {}
-        # Whether the worker's step has nothing to compute.
-        self._empty_step = False
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = assembly.scheduler_half(vllm_config, kv_cache_config)
 
@@ -69,17 +68,22 @@ class MemCubeConnector(KVConnectorBase_V1, SupportsHMA):
         self._layer_index = {name: index for index, name in enumerate(layers)}
         self._worker = assembly.worker_half(self._vllm_config, self._kv_cache_config, kv_caches)
 
-    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        metadata = self._get_connector_metadata()
-        # vLLM has no attention metadata when it calls this without a forward pass.
-        self._empty_step = forward_context.attn_metadata is None
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """vLLM calls this before the forward pass, and `start_load_kv` behind it."""
+        super().bind_connector_metadata(connector_metadata)
         if self._worker is None:
             return
-        if isinstance(metadata, StepMetadata):
+        # Replayed as one graph, a forward pass calls no hook of a layer; vLLM's newer runner then
+        # has no context here either.
+        hooks = is_forward_context_available() and (
+            get_forward_context().cudagraph_runtime_mode is not CUDAGraphMode.FULL
+        )
+        self._worker.begin_step(layer_by_layer=hooks)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        metadata = self._get_connector_metadata()
+        if self._worker is not None and isinstance(metadata, StepMetadata):
             self._worker.start_loads(metadata.loads)
-        # A whole forward pass replayed as one graph calls nothing in between.
-        whole_graph = forward_context.cudagraph_runtime_mode is CUDAGraphMode.FULL
-        self._worker.begin_step(layer_by_layer=not whole_graph)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         index = self._layer_index.get(layer_name)
@@ -103,7 +107,8 @@ class MemCubeConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         if self._worker is None:
             return KVConnectorTransferResults()
-        if self._empty_step:
+        metadata = self._get_connector_metadata()
+        if isinstance(metadata, StepMetadata) and metadata.computes_nothing:
             self._worker.wait_for_progress()
         finished, failed = self._worker.finished_loads()
         return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)

@@ -27,6 +27,8 @@ def unmovable(spec: KVCacheSpec, cache: CacheConfig) -> str | None:
     name = str(cache.cache_dtype)
     if name != "auto" and (name not in _FP8 or current_platform.is_cpu()):
         return f"KV cache dtype {name} is not supported yet"
+    if name != "auto" and current_platform.is_fp8_fnuz():
+        return "fp8 of this GPU means other numbers than elsewhere"
     if name != "auto" and getattr(cache, "calculate_kv_scales", False):
         return "the scales of the KV cache are found while serving"
     try:

@@ -253,6 +253,7 @@ class SchedulerHalf:
                 self._settle_when_computed(memory)
         self._keep_resident()
         planned, self._planned = self._planned, StepMetadata()
+        planned.computes_nothing = not output.num_scheduled_tokens
         return planned
 
     def on_report(self, report: StepReport | None) -> None:

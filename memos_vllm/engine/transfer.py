@@ -42,10 +42,15 @@ class SaveJob:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """Scheduler half to worker half: the work that starts in this step."""
+    """Scheduler half to worker half: the work that starts in this step.
+
+    Attributes:
+        computes_nothing: no request has tokens in this step; it is there for loads and saves.
+    """
 
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
+    computes_nothing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memos_vllm.activation.fingerprint import same_kv_scale
 from memos_vllm.activation.store import (
     ArtifactManifest,
     ArtifactStore,
@@ -274,6 +275,10 @@ class WorkerHalf:
                 found=f"model {found.fingerprint[:16]}",
             )
         if found.numerics != expected.numerics and not self._allow_portable:
+            raise FingerprintMismatch(
+                manifest.key, expected=expected.numerics, found=found.numerics
+            )
+        if not same_kv_scale(found.numerics, expected.numerics):
             raise FingerprintMismatch(
                 manifest.key, expected=expected.numerics, found=found.numerics
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from memos_vllm.activation.fingerprint import (
     NumericsClass,
     model_fingerprint,
     relevant_config,
+    same_kv_scale,
 )
 
 CONFIG: dict[str, Any] = {
@@ -233,3 +235,13 @@ def test_a_numerics_class_is_one_stable_line() -> None:
         "device=cpu;isa=amx;tensor_parallel=1;pipeline_parallel=1;attention_backend=cpu_attn;"
         "kv_dtype=bfloat16;model_dtype=bfloat16;scales=;artifact_dtype=exact"
     )
+
+
+def test_kv_of_fp8_caches_is_only_alike_under_the_same_format_and_scales() -> None:
+    exact, scaled = str(NUMERICS), replace(NUMERICS, kv_dtype="fp8", scales="checkpoint")
+    other_device = str(replace(NUMERICS, device="cuda", kv_dtype="float16"))
+    assert same_kv_scale(exact, other_device)
+    assert same_kv_scale(str(scaled), str(replace(scaled, kv_dtype="fp8_e4m3", device="cuda")))
+    assert not same_kv_scale(exact, str(scaled))
+    assert not same_kv_scale(str(scaled), str(replace(scaled, kv_dtype="fp8_e5m2")))
+    assert same_kv_scale("cpu", "gpu")

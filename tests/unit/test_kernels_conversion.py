@@ -123,3 +123,11 @@ def test_without_numba_plain_torch_gives_the_same(
         results.append((rows, bits(back)))
     for left, right in zip(*results, strict=True):
         assert torch.equal(left, right)
+
+
+@each_dtype
+def test_exact_numbers_that_are_not_turned_are_copied(dtype: torch.dtype) -> None:
+    numbers = numbers_of(9, 2, 64, dtype=dtype)
+    out = torch.zeros_like(numbers)
+    conversion.from_rows(numbers, Encoding.EXACT, out=out)
+    assert torch.equal(bits(out), bits(numbers))

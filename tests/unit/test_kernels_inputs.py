@@ -20,6 +20,8 @@ from memos_vllm_kernels import (
     KvPages,
     Packing,
     PageGeometry,
+    RotaryTable,
+    Rotation,
     UnsupportedLayout,
     export_blocks,
     import_blocks,
@@ -97,6 +99,18 @@ def test_tokens_of_another_shape_dtype_or_stride_are_refused(
         pages.export_layer(0, torch.tensor([0]), token_start=30, out=wrong)
     with pytest.raises(KernelInputError):
         export_blocks(pages, torch.tensor([0]), 2, [wrong, wrong])
+
+
+def test_angles_of_other_tokens_or_more_dims_than_a_head_has_are_refused() -> None:
+    pages = pages_of(Packing.PLAIN)
+    wide = RotaryTable.of(torch.ones(32), first_dim=16)
+    for rotation in (
+        Rotation(torch.arange(3), RotaryTable.of(torch.ones(8))),
+        Rotation(torch.arange(2), wide),
+    ):
+        with pytest.raises(KernelInputError, match="angles"):
+            pages.import_layer(0, halves(2), torch.tensor([0, 1]), angles=rotation.angles())
+    assert not any(page.any() for page in pages._pages)
 
 
 def test_slots_must_be_one_dimension_of_int64() -> None:

@@ -154,6 +154,11 @@ def test_the_model_waits_for_one_layer_and_only_while_it_is_under_way(
     # The first two are through as well: the others needed their buffers.
     mover.wait_for_layers()
     assert device.log == ["model waits for copies 3"]
+    # A later import of a layer that was there is waited for again.
+    device.log.clear()
+    mover.import_layer(2, kv[2], SLOTS, after=mark)
+    mover.wait_for_layer(2)
+    assert device.log[-1] == "model waits for copies 4"
 
 
 def test_a_buffer_is_filled_again_only_when_the_device_has_read_it(
@@ -163,8 +168,7 @@ def test_a_buffer_is_filled_again_only_when_the_device_has_read_it(
     for layer in range(3):
         mover.import_layer(layer, kv[layer], SLOTS, after=mark)
     assert len(device.pinned_bytes) == 2
-    waits = [line for line in device.log if line.startswith("host")]
-    assert len(waits) == 1
+    assert [line for line in device.log if line.startswith("host")] == ["host waits for copies 0"]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_copied(
@@ -177,11 +181,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_copied(
         (kv.float(), SLOTS),
         (kv, SLOTS + BLOCKS * SIZE),
         (kv, SLOTS - 1),
+        (kv, SLOTS[:, None]),
+        (kv, SLOTS.int()),
     ):
         with pytest.raises(KernelInputError):
             mover.import_layer(0, wrong, slots, after=mover.mark())
+    for ids, token_start in ((torch.tensor([0, 1, BLOCKS]), 0), (torch.tensor([0, 1]), 0)):
+        with pytest.raises(KernelInputError):
+            mover.export_layer(0, ids, out=kv.clone(), token_start=token_start)
     with pytest.raises(KernelInputError):
-        mover.export_layer(0, torch.tensor([BLOCKS]), out=kv.clone(), after=mover.mark())
+        mover.export_layer(0, torch.tensor([0, 1, 2]), out=kv.clone(), token_start=-1)
     assert device.log == []
     for page, was in zip(mover.pages._pages, before, strict=True):
         assert torch.equal(bits(page), bits(was))

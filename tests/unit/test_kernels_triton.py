@@ -285,6 +285,21 @@ def test_what_is_no_number_is_none_after_the_way_there_and_back(encoding: Encodi
     assert finite.tolist() == [[True, False, True, True], [True, True, False, True]]
 
 
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_pages_are_rounded_once(name: str) -> None:
+    """Ties between two fp8 numbers, and their neighbours that are none in float32 only."""
+    both = twins(layers=1, heads=1, dtype=torch.uint8, kv_cache_dtype=name)
+    scale = torch.tensor(213 / 128 * 2.0**-7).bfloat16()
+    width = both.triton.layer_shape(0, Encoding.INT8)[-1]
+    rows = torch.zeros((1, 2, 128, 1, width), dtype=torch.uint8)
+    for token in range(128):
+        rows[0, :, token, 0, :64] = torch.arange(64, dtype=torch.uint8) + token
+        rows[0, :, token, 0, 64:] = (scale * 2.0 ** (token % 30 - 20)).view(1).view(torch.uint8)
+    import_blocks(both.triton, rows, torch.arange(128), encoding=Encoding.INT8)
+    import_blocks(both.torch, rows, torch.arange(128), encoding=Encoding.INT8)
+    both.assert_same()
+
+
 def test_rows_at_odd_addresses_are_refused() -> None:
     both = twins(layers=1)
     width = both.triton.layer_shape(3, Encoding.INT8)[-1]
