@@ -147,6 +147,11 @@ def test_a_hub_id_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", ["smollm3", "/no/such/folder", "", "a/b/c", "../x"])
-def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
+def test_an_unknown_name_lists_the_known_ones(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where no such folder can be, whatever lies beside this one.
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(ConfigurationError, match="smollm2-135m-instruct"):
         prepare(name)
