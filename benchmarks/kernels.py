@@ -65,7 +65,8 @@ def main() -> int:
         if (wrong := bench.wrong()) is not None:
             print(f"{packing.value}: {wrong} differs from the reference; nothing is reported")
             return 1
-        print(json.dumps(bench.measure()))
+        for threads in [1] if options.gpu else options.threads:
+            print(json.dumps(bench.measure(threads)))
     return 0
 
 
@@ -136,9 +137,13 @@ class Bench:
                 return f"{encoding.value} import"
         return None
 
-    def measure(self) -> dict[str, object]:
-        """Medians in GB/s (10^9 bytes of exact KV, counted once) and shares of memcpy."""
-        rows = self._timed_rows()
+    def measure(self, threads: int) -> dict[str, object]:
+        """Medians in GB/s (10^9 bytes of exact KV, counted once) and shares of memcpy.
+
+        Args:
+            threads: of imports and exports, on a CPU.
+        """
+        rows = self._timed_rows(threads)
         samples: dict[str, list[float]] = {name: [] for name in rows}
         for _ in range(self._options.repeats + 1):
             for name, row in rows.items():
@@ -153,6 +158,7 @@ class Bench:
         size_bytes = self._kv.numel() * self._dtype.itemsize
         return {
             "packing": self._packing.value,
+            "threads": threads,
             "gb_per_second": {name: round(size_bytes / s / 1e9, 2) for name, s in medians.items()},
             "of_memcpy": {name: round(medians[_MEMCPY] / s, 3) for name, s in medians.items()},
             **self._of_peak(size_bytes / medians[_MEMCPY]),
@@ -161,8 +167,8 @@ class Bench:
             },
         }
 
-    def _timed_rows(self) -> dict[str, Row]:
-        threads, integer = self._options.threads, INTEGER_OF_WIDTH[self._dtype.itemsize]
+    def _timed_rows(self, threads: int) -> dict[str, Row]:
+        integer = INTEGER_OF_WIDTH[self._dtype.itemsize]
         rows = {
             _MEMCPY: Row(lambda: self._copy.view(integer).copy_(self._kv.view(integer)), 1),
             "import": Row(self._import, threads),
@@ -256,7 +262,13 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packing", choices=[packing.value for packing in Packing])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--threads", type=int, default=1, help="of import and export, on a CPU")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=sorted({1, len(os.sched_getaffinity(0))}),
+        help="of import and export, on a CPU (1, and as many as there are)",
+    )
     parser.add_argument("--tokens", type=int, default=3072)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--heads", type=int, default=3)
