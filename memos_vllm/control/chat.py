@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from memos_vllm.control.access import cubes_for, require_id
+from memos_vllm.control.access import cubes_for, open_cube, require_id
 from memos_vllm.control.catalog import Catalog
 from memos_vllm.control.composition import (
     artifacts_of,
@@ -33,6 +33,7 @@ from memos_vllm.domain.access import SYSTEM, Access, Principal
 from memos_vllm.domain.artifact import ActivationState, ArtifactRecord
 from memos_vllm.domain.cube import CubeSnapshot, SnapshotMemory
 from memos_vllm.domain.ids import CubeId, MemoryId
+from memos_vllm.domain.memory import MemoryState, Tier
 from memos_vllm.domain.usage import UsageEvent
 from memos_vllm.errors import Conflict, NotFound
 
@@ -56,7 +57,7 @@ class _CachedCube:
             for memory, expiry in zip(shot.memories, self.expiries, strict=True)
             if expiry is None or expiry > now
         )
-        return CubeSnapshot(shot.id, shot.name, shot.version, shot.epoch, shot.preamble, left)
+        return replace(shot, memories=left)
 
 
 class ChatService(Service):
@@ -98,6 +99,11 @@ class ChatService(Service):
         self._remember(loaded)
         found = cached | loaded
         return [found[cube_id].at(now) for cube_id in cube_ids]
+
+    def require_writable(self, actor: Principal, cube_id: str) -> None:
+        """Raises NotFound when the actor may not write to the cube."""
+        with self._catalog.read() as session:
+            open_cube(session, actor, cube_id, Access.WRITE)
 
     def record_artifact(self, record: ArtifactRecord) -> None:
         """Make an artifact that the store now holds known, or known again under the same id.
@@ -234,6 +240,16 @@ def _load_cube(session: Session, cube_id: str) -> _CachedCube:
         epoch=epoch,
         preamble=preamble,
         memories=memories,
+        has_plaintext=session.scalar(
+            select(MemoryRow.seq)
+            .where(
+                MemoryRow.cube_id == cube_id,
+                MemoryRow.state == MemoryState.ACTIVE,
+                MemoryRow.tier == Tier.PLAINTEXT,
+            )
+            .limit(1)
+        )
+        is not None,
     )
     return _CachedCube(snapshot, tuple(expires_at for *_, expires_at in members))
 

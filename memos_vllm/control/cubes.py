@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from memos_vllm.control.access import OpenCube, cubes_for, open_cube, visible
 from memos_vllm.control.composition import artifacts_of, mark_stale, take_artifacts
 from memos_vllm.control.idempotency import forget_replies
+from memos_vllm.control.indexing import note_gone
 from memos_vllm.control.paging import check_limit, cut, text_key
 from memos_vllm.control.service import Service, bump, check_version
 from memos_vllm.control.tables import (
@@ -182,6 +183,7 @@ class CubeService(Service):
             session.execute(delete(MemoryTagRow).where(MemoryTagRow.cube_id == row.id))
             session.execute(delete(CubeRow).where(CubeRow.id == row.id))
             forget_replies(session, naming=row.id)
+            note_gone(session, row.id)
             self._log(
                 session,
                 actor,

@@ -10,6 +10,7 @@ from sqlalchemy import delete, select
 from memos_vllm.control.access import open_cube, open_memory
 from memos_vllm.control.composition import take_artifacts
 from memos_vllm.control.idempotency import forget_replies
+from memos_vllm.control.indexing import note_changed
 from memos_vllm.control.service import Service, bump, check_version
 from memos_vllm.control.tables import MemoryRow, MemoryVersionRow
 from memos_vllm.domain.access import Access, Principal
@@ -59,6 +60,7 @@ class EraseService(Service):
             artifacts = take_artifacts(session, cube.row.id)
             forget_replies(session, naming=row.id)
             session.execute(delete(MemoryRow).where(MemoryRow.seq == row.seq))
+            note_changed(session, cube.row.id, [row.seq])
             cube.row.epoch += 1
             bump(cube.row, at=now, rescope=True)
             self._log(

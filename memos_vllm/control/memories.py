@@ -13,6 +13,7 @@ from memos_vllm.control.memory_writes import (
     apply_patch,
     insert_memories,
     record_version,
+    relabel,
     replace_edges,
     replace_words,
 )
@@ -188,7 +189,7 @@ class MemoryService(Service):
                 replace_words(session, row)
             relabelled = "labels" in changed
             if relabelled:
-                _relabel(session, cube, row)
+                relabel(session, cube, row)
             self._keep_version(
                 session,
                 actor,
@@ -302,11 +303,3 @@ _ACTIONS = {
 
 def _load(session: Session, cube: OpenCube, row: MemoryRow) -> Memory:
     return load_memories(session, cube, [row])[0]
-
-
-def _relabel(session: Session, cube: OpenCube, row: MemoryRow) -> None:
-    """Other labels, another epoch: no KV made before is reachable; labelled text stays text."""
-    cube.row.epoch += 1
-    mark_stale(session, cube.row.id)
-    if row.labels:
-        row.tier, row.position = Tier.PLAINTEXT, 0

@@ -10,6 +10,8 @@ from sqlalchemy import delete, insert
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, open_memories
+from memos_vllm.control.composition import mark_stale
+from memos_vllm.control.indexing import note_changed
 from memos_vllm.control.tables import (
     EdgeRow,
     MemoryLabelRow,
@@ -76,6 +78,7 @@ def insert_memories(
     _insert_words(session, rows)
     linked = [(row, memory.edges) for row, memory in zip(rows, batch, strict=True) if memory.edges]
     _insert_edges(session, cube, linked)
+    note_changed(session, cube.row.id, [row.seq for row in rows])
     return rows
 
 
@@ -88,10 +91,11 @@ def record_version(
     reason: str | None,
     at: datetime,
 ) -> None:
-    """Move the memory's version and keep the new one in its history."""
+    """Move the memory's version, keep the new one in its history, and tell the index."""
     row.version += 1
     row.updated_at = at
     _insert_versions(session, [row], change, actor=actor, reason=reason, at=at)
+    note_changed(session, row.cube_id, [row.seq])
 
 
 def apply_patch(row: MemoryRow, patch: MemoryPatch, *, edges: tuple[Edge, ...]) -> list[str]:
@@ -140,6 +144,14 @@ def replace_words(session: Session, row: MemoryRow) -> None:
     session.execute(delete(MemoryTagRow).where(MemoryTagRow.memory_seq == row.seq))
     session.execute(delete(MemoryLabelRow).where(MemoryLabelRow.memory_seq == row.seq))
     _insert_words(session, [row])
+
+
+def relabel(session: Session, cube: OpenCube, row: MemoryRow) -> None:
+    """Other labels, another epoch: no KV made before is reachable; labelled text stays text."""
+    cube.row.epoch += 1
+    mark_stale(session, cube.row.id)
+    if row.labels:
+        row.tier, row.position = Tier.PLAINTEXT, 0
 
 
 def _insert(session: Session, table: type[object], values: list[Values]) -> None:

@@ -8,12 +8,17 @@ from datetime import UTC, datetime
 from memos_vllm.control.catalog import Catalog
 from memos_vllm.control.chat import ChatService
 from memos_vllm.control.cubes import CubeService
+from memos_vllm.control.documents import DocumentService
 from memos_vllm.control.erasure import EraseService
+from memos_vllm.control.facts import FactService
+from memos_vllm.control.finding import FindingService
 from memos_vllm.control.idempotency import IdempotencyService
+from memos_vllm.control.indexing import IndexService
 from memos_vllm.control.jobs import JobService
 from memos_vllm.control.log import LogService
 from memos_vllm.control.memories import MemoryService
 from memos_vllm.control.tiers import TierService
+from memos_vllm.control.turns import TurnService
 from memos_vllm.domain.access import Principal
 from memos_vllm.domain.artifact import DeletedCube, ErasedMemory
 from memos_vllm.domain.audit import AuditEntry, AuditVerdict
@@ -44,10 +49,15 @@ __all__ = [
 class Mos(
     CubeService,
     MemoryService,
+    DocumentService,
+    TurnService,
+    FactService,
     EraseService,
     TierService,
     JobService,
     ChatService,
+    IndexService,
+    FindingService,
     LogService,
     IdempotencyService,
 ):

@@ -4,11 +4,14 @@
                 └──────────┴─ cubes ─┬─ memories ─┬─ memory_versions
                                      │            ├─ memory_tags, memory_labels, memory_usage
                                      │            ├─ edges, memory_lineage    (memory to memory)
+                                     │            ├─ memory_vectors, memory_entities
+                                     │            ├─ documents ── document_chunks
                                      │            └─ artifact_memories ─┐
                                      ├─ artifacts ──────────────────────┘
-                                     ├─ jobs
+                                     ├─ jobs, chat_sessions
                                      └─ cube_usage
     retired_cubes   audit, audit_head   idempotency        (outlive what they speak of)
+    index_outbox    indexes                                (what the search index has to follow)
 
 Deleting a cube or a memory takes its dependants along through foreign keys. Tags and labels are
 kept twice: as JSON with the memory, to be read, and as rows, to be searched by.
@@ -275,6 +278,103 @@ class LineageRow(Base):
     memory_seq: Mapped[int] = mapped_column(_memory(), primary_key=True)
     relation: Mapped[Relation] = mapped_column(word(Relation), primary_key=True)
     target_seq: Mapped[int] = mapped_column(_memory(), primary_key=True, index=True)
+
+
+class OutboxRow(Base):
+    """A memory or a whole cube that changed: the search index looks at it anew.
+
+    Says nothing of what changed, because whoever follows reads the newest state. Without a
+    memory it is the cube that is gone. Numbers are never used twice, since followers keep the
+    number that they have reached.
+    """
+
+    __tablename__ = "index_outbox"
+    __table_args__ = (Index(None, "cube_id"), {"sqlite_autoincrement": True})
+
+    seq: Mapped[int] = mapped_column(Serial, primary_key=True)
+    cube_id: Mapped[str] = mapped_column(String(64))
+    memory_seq: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class IndexRow(Base):
+    """A collection of the search index, and how far it has followed the catalog.
+
+    `applied` is the outbox entry reached. A new collection starts at the outbox's end and walks
+    through all memories up to there; `walked` is the memory reached, None once all were.
+    """
+
+    __tablename__ = "indexes"
+
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    embedder: Mapped[str] = mapped_column(String(256))
+    dimension: Mapped[int] = mapped_column(Integer)
+    applied: Mapped[int] = mapped_column(BigInteger)
+    walked: Mapped[int | None] = mapped_column(BigInteger)
+    created_at: Mapped[datetime]
+
+
+class VectorRow(Base):
+    """What an embedder made of a memory's text: 16-bit floats, little-endian, in order.
+
+    `digest` is that of the embedded text. Rebuilding the index embeds nothing anew.
+    """
+
+    __tablename__ = "memory_vectors"
+
+    memory_seq: Mapped[int] = mapped_column(_memory(), primary_key=True)
+    embedder: Mapped[str] = mapped_column(String(256), primary_key=True)
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32))
+    vector: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class EntityRow(Base):
+    """Something that a memory mentions; memories that share a rare one are linked by it."""
+
+    __tablename__ = "memory_entities"
+
+    cube_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    entity: Mapped[str] = mapped_column(String(64), primary_key=True)
+    memory_seq: Mapped[int] = mapped_column(_memory(), primary_key=True, index=True)
+
+
+class DocumentRow(Base):
+    """A document that was taken in; its memory's text is its title and headings."""
+
+    __tablename__ = "documents"
+    __table_args__ = (Index(None, "cube_id", "digest"), Index(None, "cube_id", "uri"))
+
+    memory_seq: Mapped[int] = mapped_column(_memory(), primary_key=True)
+    cube_id: Mapped[str] = mapped_column(String(64))
+    uri: Mapped[str] = mapped_column(String(2048))
+    digest: Mapped[str] = mapped_column(String(64))
+    media_type: Mapped[str] = mapped_column(String(128))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+
+
+class ChunkRow(Base):
+    """A memory that is a piece of a document; `digest` is that of the piece as it was read."""
+
+    __tablename__ = "document_chunks"
+
+    memory_seq: Mapped[int] = mapped_column(_memory(), primary_key=True)
+    document_seq: Mapped[int] = mapped_column(
+        ForeignKey("documents.memory_seq", ondelete="CASCADE"), index=True
+    )
+    ordinal: Mapped[int] = mapped_column(Integer)
+    digest: Mapped[str] = mapped_column(String(64))
+
+
+class ChatSessionRow(Base):
+    """A conversation whose turns are memories; the next turn is linked to its last one."""
+
+    __tablename__ = "chat_sessions"
+
+    cube_id: Mapped[str] = mapped_column(_cube(), primary_key=True)
+    session_id: Mapped[str] = mapped_column(String(256), primary_key=True)
+    turns: Mapped[int] = mapped_column(Integer)
+    last_memory_seq: Mapped[int | None] = mapped_column(
+        ForeignKey("memories.seq", ondelete="SET NULL"), index=True
+    )
 
 
 class ArtifactRow(Base):

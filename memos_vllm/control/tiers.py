@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, open_cube, open_memories, visible
 from memos_vllm.control.composition import bakeable, in_prefix, mark_stale, next_position
+from memos_vllm.control.indexing import note_changed
 from memos_vllm.control.jobs import add_job, queue_job
 from memos_vllm.control.service import Service, bump
 from memos_vllm.control.tables import JobRow, MemoryRow
@@ -74,6 +75,7 @@ class TierService(Service):
             _set_tier(session, moved, Tier.ACTIVATION, first_position=first)
             if moved:
                 bump(cube.row, at=now)
+                note_changed(session, cube.row.id, [row.seq for row in moved])
             return self._bake(session, actor, cube, "promote", moved, at=now)
 
     def demote(
@@ -115,6 +117,7 @@ class TierService(Service):
             if rows:
                 bump(cube.row, at=now)
                 mark_stale(session, cube.row.id, memory_seqs=[row.seq for row in rows])
+                note_changed(session, cube.row.id, [row.seq for row in rows])
             return self._bake(session, actor, cube, "demote", rows, at=now)
 
     def _bake(

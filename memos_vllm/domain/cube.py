@@ -130,7 +130,10 @@ class SnapshotMemory:
 
 @dataclass(frozen=True, slots=True)
 class CubeSnapshot:
-    """What a chat needs of a cube: its activation memory in prefix order, at one version."""
+    """What a chat needs of a cube: its activation memory in prefix order, at one version.
+
+    `has_plaintext` says whether there is anything to search for beside it.
+    """
 
     id: CubeId
     name: str
@@ -138,6 +141,7 @@ class CubeSnapshot:
     epoch: int
     preamble: str
     memories: tuple[SnapshotMemory, ...] = ()
+    has_plaintext: bool = False
 
 
 def validate_cube_id(value: str, *, param: str = "id") -> CubeId:

@@ -11,11 +11,13 @@ from memos_vllm.domain.ids import CubeId, JobId
 
 
 class JobKind(StrEnum):
-    """What a job does."""
+    """What a job does: `extract` reads facts out of turns, `reindex` indexes a cube anew."""
 
     BAKE = "bake"
     REBUILD = "rebuild"
     ERASE = "erase"
+    EXTRACT = "extract"
+    REINDEX = "reindex"
 
 
 class JobState(StrEnum):
