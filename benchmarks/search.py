@@ -1,0 +1,195 @@
+"""How fast memories are taken in and found, on one core, embedding included.
+
+    python -m benchmarks.search [--memories 10000 100000] [--queries 300] [--json FILE]
+
+Builds a catalog of made-up conversations in a temporary folder and searches it as the server does:
+SQLite, Qdrant Edge in its own process, MiniLM. Above `--embedded` memories their vectors are random
+and only queries are embedded: a search costs the same, and building takes minutes less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from memos_vllm.config import ServerSettings
+from memos_vllm.control.mos import Mos
+from memos_vllm.domain.access import LOCAL_ADMIN
+from memos_vllm.domain.search import SearchQuery
+from memos_vllm.domain.turn import NewTurn
+from memos_vllm.plaintext.assembly import open_plaintext
+from memos_vllm.plaintext.embedders.base import Embedder
+from memos_vllm.plaintext.embedders.create import create_embedder
+from memos_vllm.plaintext.index.qdrant_edge import EdgeStore
+from memos_vllm.plaintext.store import PlaintextStore
+
+SPEAKERS = ("Ada", "Ben", "Chloe", "Dev", "Elif", "Femi")
+TURNS_A_CALL = 500
+# About as many words as a language learner knows, used as unevenly as words are.
+VOCABULARY = 8000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report; times in milliseconds, rates a second."""
+
+    memories: int
+    words_each: str
+    vectors: str
+    taken_in_per_second: float
+    p50_ms: float
+    p99_ms: float
+    first_ms: float
+
+
+class RandomVectors:
+    """An embedder whose documents cost nothing, beside real queries."""
+
+    def __init__(self, queries: Embedder) -> None:
+        self._queries = queries
+        self._random = np.random.default_rng(0)
+        self.key = "random-documents"
+        self.dimension = queries.dimension
+        self.max_tokens = queries.max_tokens
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        vectors = self._random.standard_normal((len(texts), self.dimension), np.float32)
+        normal: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return normal
+
+    def embed_query(self, text: str) -> npt.NDArray[np.float32]:
+        return self._queries.embed_query(text)
+
+    def close(self) -> None:
+        self._queries.close()
+
+
+class Speech:
+    """Made-up sentences over words of which a few are common and most are rare."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        syllables = [
+            a + b for a in "bcdfghklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "or")
+        ]
+        self._words = ["".join(self._random.choices(syllables, k=3)) for _ in range(VOCABULARY)]
+        self._weights = [1.0 / (rank + 10) for rank in range(VOCABULARY)]
+
+    def sentence(self, words: int) -> str:
+        said = self._random.choices(self._words, self._weights, k=words)
+        return " ".join(said).capitalize() + "."
+
+    def turns(self, count: int) -> Iterator[NewTurn]:
+        for _ in range(count):
+            text = self.sentence(self._random.randint(10, 20))
+            yield NewTurn("user", text, name=self._random.choice(SPEAKERS))
+
+
+def measure(memories: int, *, queries: int, embedded: bool, folder: Path) -> Row:
+    """Build a cube of `memories` turns and search it `queries` times."""
+    settings = ServerSettings(data_dir=folder)
+    mos = Mos.open(settings.resolved_catalog_url)
+    plaintext = open_plaintext(settings, mos) if embedded else _with_random_vectors(settings, mos)
+    plaintext.start()
+    try:
+        mos.create_cube(LOCAL_ADMIN, cube_id="bench")
+        plaintext.wait_until_indexed("bench", seconds=120)
+        started = time.perf_counter()
+        _fill(mos, plaintext, memories)
+        rate = memories / (time.perf_counter() - started)
+        speech = Speech(1)
+        took = []
+        for _ in range(queries):
+            question = f"What did {random.choice(SPEAKERS)} say about {speech.sentence(6)}?"
+            before = time.perf_counter()
+            plaintext.search(LOCAL_ADMIN, ["bench"], SearchQuery(question))
+            took.append((time.perf_counter() - before) * 1e3)
+    finally:
+        plaintext.close()
+        mos.close()
+    steady = sorted(took[10:])
+    return Row(
+        memories=memories,
+        words_each="10-20",
+        vectors="MiniLM" if embedded else "random",
+        taken_in_per_second=round(rate, 1),
+        p50_ms=round(statistics.median(steady), 1),
+        p99_ms=round(steady[int(len(steady) * 0.99)], 1),
+        first_ms=round(took[0], 1),
+    )
+
+
+def _with_random_vectors(settings: ServerSettings, mos: Mos) -> PlaintextStore:
+    def embedder(_: str = "") -> Embedder:
+        opened = create_embedder(settings.embedder)
+        assert opened is not None
+        return RandomVectors(opened)
+
+    return PlaintextStore(
+        mos,
+        store=lambda: EdgeStore(settings.index_dir),
+        embedder=embedder,
+        former_embedder=embedder,
+    )
+
+
+def _fill(mos: Mos, plaintext: PlaintextStore, memories: int) -> None:
+    speech = Speech(0)
+    for start in range(0, memories, TURNS_A_CALL):
+        turns = list(speech.turns(min(TURNS_A_CALL, memories - start)))
+        mos.add_turns(LOCAL_ADMIN, "bench", turns, session_id=f"s{start}")
+        plaintext.wake()
+    while not plaintext.wait_until_indexed("bench", seconds=600):
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--memories", type=int, nargs="+", default=[2_000, 10_000])
+    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--embedded", type=int, default=10_000)
+    parser.add_argument("--all-cores", action="store_true", help="do not stay on one core")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    if not asked.all_cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    print(
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, ",
+        end="",
+    )
+    print("all cores" if asked.all_cores else "one core")
+    rows = []
+    print("| memories | vectors | taken in /s | p50 ms | p99 ms | first ms |")
+    print("|---|---|---|---|---|---|")
+    for memories in asked.memories:
+        with tempfile.TemporaryDirectory(prefix="memos-bench-") as folder:
+            row = measure(
+                memories,
+                queries=asked.queries,
+                embedded=memories <= asked.embedded,
+                folder=Path(folder),
+            )
+        rows.append(row)
+        print(
+            f"| {row.memories:,} | {row.vectors} | {row.taken_in_per_second} | {row.p50_ms} | "
+            f"{row.p99_ms} | {row.first_ms} |",
+            flush=True,
+        )
+    if asked.json:
+        asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Plaintext memory: what is found by search and put into the prompt."""

@@ -1,0 +1,376 @@
+"""One embedded collection: a shard of Qdrant Edge, opened, written, searched and optimised.
+
+Every call of Edge holds the GIL, searches too: see `qdrant_edge` for the process around this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import qdrant_edge as edge
+
+from memos_vllm.domain.ids import CubeId
+from memos_vllm.errors import ConfigurationError, MemosError, Unavailable
+from memos_vllm.plaintext.index.base import Hit, IndexedVersion, IndexPoint, IndexQuery
+from memos_vllm.plaintext.index.conditions import in_cubes
+from memos_vllm.plaintext.index.edge_folder import LAYOUT, CollectionFolder
+from memos_vllm.plaintext.index.edge_objects import (
+    edge_config,
+    edge_filter,
+    edge_indexes,
+    edge_point,
+    edge_query,
+    found_point,
+)
+from memos_vllm.plaintext.index.queries import (
+    FULL_SCAN_POINTS,
+    PAYLOAD_WANTED,
+    Found,
+    PlannedQuery,
+    check_dimension,
+    check_points,
+    merged_scores,
+    merged_search,
+    plan_score,
+    plan_search,
+)
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# One call of Edge: 256 points take 20 ms, during which nothing else of this process runs.
+_BATCH = 256
+_OPTIMIZER = "memos_vllm.plaintext.index.edge_optimizer"
+
+
+class EdgeCollection:
+    """A `VectorIndex` in this process.
+
+    Up to `FULL_SCAN_POINTS` of a cube are scanned, so a small collection never needs optimising.
+    A large one is optimised in the background once a third of it has changed: a copy of the shard
+    is optimised by another process, brought up to date, and takes the shard's place.
+    """
+
+    def __init__(self, folder: Path, *, dim: int) -> None:
+        self.name = folder.name
+        self._folder = CollectionFolder(folder)
+        self._dim = dim
+        # Held while writing, and while a shard is copied or replaced; a search waits for neither.
+        self._writes = threading.RLock()
+        self._reads = threading.Lock()
+        self._optimizing = threading.Lock()
+        self._optimizer: subprocess.Popen[bytes] | None = None
+        self._problem: Unavailable | None = None
+        self._closed = False
+        # What changed since the shard was copied; None while no copy is being optimised.
+        self._touched: set[int] | None = None
+        self._gone_cubes: set[CubeId] = set()
+        # Whether what was there before, if anything, is lost.
+        self.made_anew = False
+        self._shard, self._path = self._open()
+        # Also when it is not new: a crash after creating it must not make it look complete.
+        self.opened_empty = self.count() == 0
+        self._changes = self._unindexed()
+
+    def _open(self) -> tuple[edge.EdgeShard, Path]:
+        current = self._folder.current()
+        if current is not None and current.layout == LAYOUT:
+            if current.dim != self._dim:
+                raise ConfigurationError(
+                    f"collection '{self.name}' holds vectors of {current.dim} dimensions and the "
+                    f"embedder makes {self._dim}; name another collection for this embedder"
+                )
+            path = self._folder.generation(current.generation)
+            try:
+                with self._speaking("opened"):
+                    shard = edge.EdgeShard.load(str(path))
+            except Unavailable as error:
+                logger.warning(
+                    "memos: the index in %s cannot be opened (%s); it is built anew",
+                    path,
+                    error.__cause__,
+                )
+            else:
+                self._folder.remove_others(path)
+                return shard, path
+        return self._create()
+
+    def _create(self) -> tuple[edge.EdgeShard, Path]:
+        with self._speaking("created"):
+            path = self._folder.new_generation()
+            path.mkdir(mode=0o700)
+            shard = edge.EdgeShard.create(str(path), edge_config(self._dim))
+            for operation in edge_indexes():
+                shard.update(operation)
+            # Not flushed: that takes 0.3 s, and what a power cut leaves is empty or made again.
+            self._folder.make_current(path, dim=self._dim)
+        self._folder.remove_others(path)
+        self.made_anew = True
+        return shard, path
+
+    def _unindexed(self) -> int:
+        """How many points no optimiser has seen; an indexed point counts once for each vector."""
+        info = self._shard.info()
+        return max(0, 2 * info.points_count - info.indexed_vectors_count)
+
+    def search(
+        self,
+        query: IndexQuery,
+        *,
+        dense_limit: int,
+        sparse_limit: int,
+        with_vectors: bool = False,
+    ) -> list[Hit]:
+        self._check_query(query)
+        planned = plan_search(
+            query, dense_limit=dense_limit, sparse_limit=sparse_limit, with_vectors=with_vectors
+        )
+        return merged_search(planned, self._answers(planned), dense_limit=dense_limit)
+
+    def score(
+        self, seqs: Sequence[int], query: IndexQuery, *, with_vectors: bool = False
+    ) -> list[Hit]:
+        self._check_query(query)
+        planned = plan_score(seqs, query, with_vectors=with_vectors)
+        return merged_scores(planned, self._answers(planned), query=query)
+
+    def versions(
+        self, *, after: int = 0, limit: int = 1000, cube_id: CubeId | None = None
+    ) -> list[IndexedVersion]:
+        request = edge.ScrollRequest(
+            offset=after + 1,
+            limit=limit,
+            filter=_of_cube(cube_id),
+            with_payload=list(PAYLOAD_WANTED),
+            with_vector=False,
+        )
+        records, _ = self._read(lambda shard: shard.scroll(request))
+        return [
+            IndexedVersion(int(record.id), int(payload["v"]), CubeId(payload["cube"]))
+            for record in records
+            if (payload := record.payload) is not None
+        ]
+
+    def count(self, *, cube_id: CubeId | None = None) -> int:
+        request = edge.CountRequest(exact=True, filter=_of_cube(cube_id))
+        return self._read(lambda shard: shard.count(request))
+
+    def upsert(self, points: Sequence[IndexPoint]) -> None:
+        check_points(points, self._dim, collection=self.name)
+        for batch in _batches(points):
+            operation = edge.UpdateOperation.upsert_points([edge_point(point) for point in batch])
+            self._write(operation, changed=[point.seq for point in batch])
+
+    def delete(self, seqs: Sequence[int]) -> None:
+        for batch in _batches(seqs):
+            self._write(edge.UpdateOperation.delete_points(list(batch)), changed=batch)
+
+    def delete_cube(self, cube_id: CubeId) -> None:
+        with self._writes:
+            count = self.count(cube_id=cube_id)
+            where = edge_filter({"must": [in_cubes([cube_id])]})
+            self._write(edge.UpdateOperation.delete_points_by_filter(where), changed=())
+            self._changes += count
+            if self._touched is not None:
+                self._gone_cubes.add(cube_id)
+
+    def flush(self) -> None:
+        with self._writes, self._speaking("flushed"):
+            self._opened().flush()
+        if self._is_due():
+            self.start_optimizing()
+
+    def optimize(self) -> None:
+        with self._optimizing:
+            self._optimize()
+
+    def start_optimizing(self) -> None:
+        """Optimise in a thread of this process, unless that is being done already."""
+        if self._optimizing.acquire(blocking=False):
+            self._problem = None
+            threading.Thread(
+                target=self._optimize_in_background, name="memos-edge-optimize", daemon=True
+            ).start()
+
+    def optimizing(self) -> bool:
+        """Whether it is being optimised; raises what ended the last time in the background."""
+        if self._optimizing.locked():
+            return True
+        if self._problem is not None:
+            raise self._problem
+        return False
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        with self._writes:
+            if self._closed:
+                return
+            self._closed = True
+            if self._optimizer is not None:
+                self._optimizer.kill()
+            with self._reads, self._speaking("closed"):
+                self._shard.flush()
+                self._shard.close()
+        # Its copy is removed before anyone opens the folder again.
+        with self._optimizing:
+            pass
+
+    def _check_query(self, query: IndexQuery) -> None:
+        if query.dense is not None:
+            check_dimension(query.dense, self._dim, collection=self.name)
+
+    def _answers(self, planned: Sequence[PlannedQuery]) -> list[list[Found]]:
+        if not planned:
+            return []
+        batch = edge.QueryBatchRequest([edge_query(plan) for plan in planned])
+        answers = self._read(lambda shard: shard.query_batch(batch))
+        return [[found_point(point) for point in answer] for answer in answers]
+
+    def _read(self, action: Callable[[edge.EdgeShard], T]) -> T:
+        with self._reads, self._speaking("read"):
+            return action(self._opened())
+
+    def _write(self, operation: edge.UpdateOperation, *, changed: Sequence[int]) -> None:
+        with self._writes, self._speaking("written"):
+            self._opened().update(operation)
+            self._changes += len(changed)
+            if self._touched is not None:
+                self._touched.update(changed)
+
+    def _opened(self) -> edge.EdgeShard:
+        if self._closed:
+            raise Unavailable(f"the index '{self.name}' is closed")
+        return self._shard
+
+    @contextlib.contextmanager
+    def _speaking(self, done: str) -> Iterator[None]:
+        """Errors of Edge and of the file system, in words that say where to look."""
+        try:
+            yield
+        except MemosError:
+            raise
+        except BaseException as error:
+            # Edge raises plain Exception, and a panic in it is only a BaseException.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise Unavailable(
+                f"the index in {self._folder.path} could not be {done}: {error}; if its disk is "
+                "well and not full, remove that folder while the server is stopped: it is built "
+                "again from the catalog"
+            ) from error
+
+    def _is_due(self) -> bool:
+        if self._changes < FULL_SCAN_POINTS or self._closed:
+            return False
+        return self._changes >= self.count() // 3
+
+    def _optimize_in_background(self) -> None:
+        try:
+            self._optimize()
+        except Unavailable as error:
+            self._problem = error
+            if not self._closed:
+                # Tried again after as many changes; until then searches only take longer.
+                self._changes = 0
+                logger.warning("memos: %s", error)
+        finally:
+            self._optimizing.release()
+
+    def _optimize(self) -> None:
+        with self._speaking("optimised"):
+            fresh = self._folder.new_generation()
+            try:
+                self._copy_to(fresh)
+                self._run_optimizer(fresh)
+                self._replace(fresh)
+            except BaseException:
+                if self._path != fresh:
+                    shutil.rmtree(fresh, ignore_errors=True)
+                raise
+            finally:
+                self._touched = None
+
+    def _copy_to(self, fresh: Path) -> None:
+        with self._writes:
+            self._opened().flush()
+            self._touched, self._gone_cubes = set(), set()
+            shutil.copytree(self._path, fresh)
+
+    def _run_optimizer(self, path: Path) -> None:
+        with self._writes:
+            self._opened()
+            self._optimizer = subprocess.Popen(
+                [sys.executable, "-m", _OPTIMIZER, str(path)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        _, stderr = self._optimizer.communicate()
+        code, self._optimizer = self._optimizer.returncode, None
+        if code != 0:
+            lines = stderr.decode(errors="replace").strip().splitlines()
+            raise Unavailable(
+                f"optimising the index '{self.name}' ended with status {code}"
+                + (f": {lines[-1]}" if lines else "")
+            )
+
+    def _replace(self, path: Path) -> None:
+        """Bring the optimised copy up to date and let it take the shard's place."""
+        fresh = edge.EdgeShard.load(str(path))
+        unused = fresh
+        try:
+            caught_up = 0
+            while self._touched is not None and len(self._touched) > _BATCH:
+                caught_up += self._catch_up(fresh)
+            with self._writes:
+                self._opened()
+                caught_up += self._catch_up(fresh)
+                fresh.flush()
+                self._folder.make_current(path, dim=self._dim)
+                with self._reads:
+                    unused, self._shard = self._shard, fresh
+                self._path, self._changes = path, caught_up
+        finally:
+            unused.close()
+        self._folder.remove_others(path)
+
+    def _catch_up(self, fresh: edge.EdgeShard) -> int:
+        with self._writes:
+            touched, gone_cubes = self._touched or set(), self._gone_cubes
+            self._touched, self._gone_cubes = set(), set()
+        for cube_id in gone_cubes:
+            where = edge_filter({"must": [in_cubes([cube_id])]})
+            fresh.update(edge.UpdateOperation.delete_points_by_filter(where))
+        for batch in _batches(sorted(touched)):
+            self._copy_points(fresh, list(batch))
+        return len(touched)
+
+    def _copy_points(self, fresh: edge.EdgeShard, seqs: list[int]) -> None:
+        def retrieve(shard: edge.EdgeShard) -> list[edge.Record]:
+            return shard.retrieve(list(seqs), with_payload=True, with_vector=True)
+
+        records = self._read(retrieve)
+        gone = set(seqs).difference(int(record.id) for record in records)
+        fresh.update(edge.UpdateOperation.delete_points(list(gone)))
+        points = [edge.Point(record.id, record.vector or {}, record.payload) for record in records]
+        fresh.update(edge.UpdateOperation.upsert_points(points))
+
+
+def _of_cube(cube_id: CubeId | None) -> edge.Filter | None:
+    return None if cube_id is None else edge_filter({"must": [in_cubes([cube_id])]})
+
+
+def _batches(items: Sequence[T]) -> Iterable[Sequence[T]]:
+    return (items[start : start + _BATCH] for start in range(0, len(items), _BATCH))
