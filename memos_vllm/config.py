@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import platformdirs
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1 << 30
+DEFAULT_EMBEDDER = "minilm-l6-v2-int8"
 ArtifactDtype: TypeAlias = Literal["exact", "int8", "int4", "fp8"]
 
 
@@ -20,7 +21,7 @@ def default_data_dir() -> Path:
 
 
 def default_models_dir() -> Path:
-    """Where `memos-vllm models prepare` puts folders that vLLM can serve."""
+    """Where `memos-vllm models prepare` puts models."""
     return Path(platformdirs.user_cache_dir("memos-vllm", appauthor=False)) / "models"
 
 
@@ -55,6 +56,39 @@ class ServerSettings(BaseSettings):
         default=False, description="load artifacts baked under another numerics class"
     )
     ticket_ttl_seconds: float = Field(default=300.0, gt=0)
+    qdrant_url: str | None = Field(
+        default=None,
+        description="URL of a Qdrant server; an index in the data folder when absent",
+    )
+    qdrant_namespace: str = Field(
+        default="memos",
+        description="starts the names of collections on a Qdrant server; catalogs that share a "
+        "server need different ones",
+    )
+    qdrant_shards: int = Field(
+        default=1, ge=1, description="shards of a new collection on a Qdrant server"
+    )
+    qdrant_replicas: int = Field(
+        default=1, ge=1, description="replicas of a new collection on a Qdrant server"
+    )
+    qdrant_quantization: bool = Field(
+        default=False, description="keep int8 copies of vectors in memory on a Qdrant server"
+    )
+    embedder: str = Field(
+        default=DEFAULT_EMBEDDER,
+        description="what vectors are made with: a packaged model, sentence-transformers:MODEL, "
+        "fastembed:NAME, openai:MODEL@URL, or none for search by words only",
+    )
+    embedder_threads: int = Field(default=1, ge=1, description="threads of a local embedder")
+    reranker: str | None = Field(
+        default=None,
+        description="what puts the best hits into another order: sentence-transformers:MODEL or "
+        "openai:MODEL@URL",
+    )
+    # Read from the environment only: what is passed on to the engine holds no secret.
+    qdrant_api_key: SecretStr | None = Field(default=None, exclude=True)
+    embedder_api_key: SecretStr | None = Field(default=None, exclude=True)
+    reranker_api_key: SecretStr | None = Field(default=None, exclude=True)
 
     @field_validator("data_dir")
     @classmethod
@@ -68,6 +102,10 @@ class ServerSettings(BaseSettings):
     @property
     def artifacts_dir(self) -> Path:
         return self.data_dir / "artifacts"
+
+    @property
+    def index_dir(self) -> Path:
+        return self.data_dir / "qdrant"
 
     @property
     def secrets_dir(self) -> Path:

@@ -88,16 +88,21 @@ def render_memory_block(
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
-def render_additions(memories: Sequence[PrefixMemory], *, forbidden: Sequence[str] = ()) -> str:
+def render_additions(
+    memories: Sequence[PrefixMemory], *, forbidden: Sequence[str] = (), alone: bool = False
+) -> str:
     """Render memories that are read for one request only, in the manner of the block.
 
+    Args:
+        alone: no block with notes stands before them, so they say what notes are.
     Returns:
         Text that ends with one newline, or "" without memories.
     """
     if not memories:
         return ""
     notes = _notes("Extra note", memories, forbidden)
-    return "\n\n".join([ADDITIONS_OPENING, *notes, ADDITIONS_END_MARKER]) + "\n"
+    opening = OPENING if alone else ADDITIONS_OPENING
+    return "\n\n".join([opening, *notes, ADDITIONS_END_MARKER]) + "\n"
 
 
 def neutralise(text: str, forbidden: Sequence[str] = ()) -> str:

@@ -45,7 +45,9 @@ async def _if_match(
 IfMatch = Annotated[int | None, Depends(_if_match)]
 
 
-async def answer_once(call: Call, act: Callable[[], Response]) -> Response:
+async def answer_once(
+    call: Call, act: Callable[[], Response], *, body: bytes | None = None
+) -> Response:
     """Run `act`, or repeat the answer that its Idempotency-Key got the first time.
 
     Only success is kept: a refused request changed nothing and may be sent again.
@@ -53,13 +55,15 @@ async def answer_once(call: Call, act: Callable[[], Response]) -> Response:
     Args:
         act: changes the catalog, and nothing else; runs in a worker thread. The change and the
             answer are committed together.
+        body: what the request says, where equal requests may differ in their bytes.
     Raises:
         Conflict: the key was used with another method, path or body.
     """
     key = _key(call)
     if key is None:
         return await call.api.run(act)
-    fingerprint = await call.api.run(_fingerprint, call.request, await call.request.body())
+    sent = await call.request.body() if body is None else body
+    fingerprint = await call.api.run(_fingerprint, call.request, sent)
 
     first: list[Response] = []
 

@@ -15,6 +15,7 @@ from memos_vllm.api.gateway import EngineGateway
 from memos_vllm.api.keyed_locks import KeyedLocks
 from memos_vllm.control.mos import Mos
 from memos_vllm.domain.access import Principal
+from memos_vllm.plaintext.store import PlaintextStore
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,12 +27,14 @@ _CATALOG_THREADS = 8
 
 @dataclass(frozen=True)
 class ApiContext:
-    """One per router. `mos` and `gateway` are looked up per request: they start after the routes.
+    """One per router. `mos`, `plaintext` and `gateway` are looked up per request: they start after
+    the routes.
 
-    Either may raise Unavailable while it is not there yet.
+    Each may raise Unavailable while it is not there yet.
     """
 
     mos: Callable[[], Mos]
+    plaintext: Callable[[], PlaintextStore]
     gateway: Callable[[], EngineGateway]
     principal: Callable[[Request], Principal]
     tombstone_key: Callable[[], bytes]

@@ -62,6 +62,40 @@ MEMORY = {
     "usage": {"hits": 3, "last_used_at": _TIME},
 }
 
+SEARCH = {
+    "object": "list",
+    "data": [
+        {
+            "memory": MEMORY,
+            "score": 0.81,
+            "scores": {"dense": 0.74, "sparse": 0.9, "graph": 0.0},
+            "via": None,
+        }
+    ],
+    "next_cursor": None,
+    "pending": None,
+}
+
+DOCUMENT = {
+    "object": "list",
+    "data": [MEMORY],
+    "next_cursor": None,
+    "document": {
+        "id": "mem_01k9z3v7q0c4m8x2h5r6t1w9m",
+        "object": "document",
+        "outcome": "added",
+        "title": "Handbook",
+        "uri": "handbook.md",
+        "media_type": "text/markdown",
+        "digest": "9f" * 32,
+        "chunks": 1,
+        "added": 1,
+        "changed": 0,
+        "archived": 0,
+        "notes": [],
+    },
+}
+
 MEMORY_VERSION = {
     "object": "memory.version",
     "memory_id": MEMORY["id"],

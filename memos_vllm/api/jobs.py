@@ -17,7 +17,7 @@ from memos_vllm.api.context import Call, CurrentCall
 from memos_vllm.api.error_table import describe_error
 from memos_vllm.api.replies import JobReply, ListReply, render
 from memos_vllm.api.route import MemosRoute
-from memos_vllm.api.schemas import DemoteInput, PageQuery, PathId, PromoteInput
+from memos_vllm.api.schemas import DemoteInput, PageQuery, PathId, PromoteInput, WaitQuery
 from memos_vllm.domain.job import Job
 from memos_vllm.domain.memory import Tier
 from memos_vllm.errors import MemosError
@@ -73,6 +73,28 @@ async def demote(call: CurrentCall, cube_id: PathId, body: DemoteInput) -> Respo
         return await _settle(call, job, wait_seconds=body.wait_seconds)
 
     return await answer_job_once(call, act, takes_seconds=body.wait_seconds)
+
+
+@router.post(
+    "/v1/memcubes/{cube_id}/reindex",
+    summary="Index a cube's memories anew",
+    status_code=202,
+    response_model=JobReply,
+    responses=_ACCEPTED,
+)
+async def reindex(
+    call: CurrentCall, cube_id: PathId, query: Annotated[WaitQuery, Query()]
+) -> Response:
+    """Drop the cube from the search index and take in each memory again; texts are untouched.
+
+    For an index that lags or was restored from a backup. Vectors are not computed anew.
+    """
+
+    async def act() -> Response:
+        job = await call.api.run(call.mos.queue_reindex, call.actor, cube_id)
+        return await _settle(call, job, wait_seconds=query.wait)
+
+    return await answer_job_once(call, act, takes_seconds=query.wait)
 
 
 @router.get(

@@ -231,5 +231,5 @@ class AuditVerdictReply(Reply):
 
 
 class HealthReply(Reply):
-    status: Literal["ready", "not_ready"]
+    status: Literal["ready", "degraded", "not_ready"]
     parts: dict[str, str]

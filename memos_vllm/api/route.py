@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from memos_vllm.api.error_table import error_response
-from memos_vllm.api.json_body import JsonRequest
+from memos_vllm.api.json_body import MAX_BODY_BYTES, JsonRequest
 from memos_vllm.errors import InvalidRequest, MemosError
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,14 @@ _CLIENT_CLOSED_REQUEST = 499
 _MAX_REPORTED_ERRORS = 3
 
 
+# A document of 32 MiB and the fields of its form.
+_MAX_FORM_BYTES = 33 * 1024 * 1024
+
+
 class MemosRoute(APIRoute):
     """Reads JSON strictly, and answers every error in OpenAI's shape."""
+
+    max_body_bytes = MAX_BODY_BYTES
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         inner = super().get_route_handler()
@@ -36,7 +42,9 @@ class MemosRoute(APIRoute):
         async def handle(request: Request) -> Response:
             try:
                 if takes_body or request.method == "POST":
-                    request = await JsonRequest.read(request, parse=takes_body)
+                    request = await JsonRequest.read(
+                        request, parse=takes_body, max_bytes=self.max_body_bytes
+                    )
                 return await inner(request)
             except MemosError as error:
                 if error_response(error).status_code == 500:
@@ -53,6 +61,12 @@ class MemosRoute(APIRoute):
                 return error_response(error)
 
         return handle
+
+
+class FormRoute(MemosRoute):
+    """Of routes that take a form instead of JSON; they read it themselves."""
+
+    max_body_bytes = _MAX_FORM_BYTES
 
 
 def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:

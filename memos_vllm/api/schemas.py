@@ -286,6 +286,14 @@ class PageQuery(QueryInput):
     cursor: Words | None = Field(default=None, description="`next_cursor` of the page before.")
 
 
+class WaitQuery(QueryInput):
+    """How long a request waits for its job."""
+
+    wait: float = Field(
+        default=0.0, ge=0, le=MAX_WAIT_SECONDS, description="Seconds to wait for the job's end."
+    )
+
+
 class MemoriesQuery(PageQuery):
     """Which memories of a cube."""
 

@@ -28,6 +28,8 @@ router = APIRouter(route_class=MemosRoute, tags=["service"])
 
 _READY = "ready"
 _RETRY_AFTER_SECONDS = 2
+# The one part without which chats go on.
+_SEARCH = "plaintext"
 
 
 @router.get(
@@ -37,11 +39,15 @@ _RETRY_AFTER_SECONDS = 2
     responses=examples.answers(examples.HEALTH, 200),
 )
 async def health(api: CurrentApi) -> Response:
-    """200 when everything is ready; otherwise 503, which names the parts that are not."""
+    """200 when everything is ready, or `degraded` when only search is down; otherwise 503. Parts
+    that are not ready say why."""
     parts = await _parts(api)
     waiting = [f"{name}: {state}" for name, state in parts.items() if state != _READY]
     if not waiting:
         return render(HealthReply(status="ready", parts=parts))
+    if all(parts[name] == _READY for name in parts if name != _SEARCH) and api.plaintext().opened:
+        # Chats go on with activation memory, so the server keeps its traffic.
+        return render(HealthReply(status="degraded", parts=parts))
     return error_response(
         Unavailable(f"not ready: {'; '.join(waiting)}", retry_after_seconds=_RETRY_AFTER_SECONDS),
         extra=HealthReply(status="not_ready", parts=parts).model_dump(),
@@ -49,7 +55,7 @@ async def health(api: CurrentApi) -> Response:
 
 
 async def _parts(api: ApiContext) -> dict[str, str]:
-    parts = {"catalog": _READY, "engine": _READY}
+    parts = {"catalog": _READY, "engine": _READY, _SEARCH: _READY}
     try:
         await api.run(lambda: api.mos().list_cubes(LOCAL_ADMIN, limit=1, cursor=None))
     except MemosError as error:
@@ -58,6 +64,10 @@ async def _parts(api: ApiContext) -> dict[str, str]:
         parts.update(await api.gateway().health())
     except MemosError as error:
         parts["engine"] = str(error)
+    try:
+        parts[_SEARCH] = api.plaintext().problem() or _READY
+    except MemosError as error:
+        parts[_SEARCH] = str(error)
     return parts
 
 

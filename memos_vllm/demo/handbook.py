@@ -1,4 +1,4 @@
-"""The demo's material: the handbook in sections, and questions about it."""
+"""The demo's material: the handbook in sections, a call, and questions about them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,17 @@ def handbook_sections() -> list[Section]:
 
 def demo_questions() -> list[Question]:
     return [Question(**entry) for entry in json.loads(_resource("questions.json"))]
+
+
+def demo_calls() -> list[dict[str, str]]:
+    """The turns of a call with a customer, as `Cube.add_turns` takes them."""
+    turns: list[dict[str, str]] = json.loads(_resource("calls.json"))["turns"]
+    return turns
+
+
+def demo_call_question() -> Question:
+    """What someone wants to know of that call."""
+    return Question(**json.loads(_resource("calls.json"))["question"])
 
 
 def _cut_title(section: str) -> tuple[str, str, str]:

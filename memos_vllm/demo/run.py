@@ -107,6 +107,9 @@ def _show_everything(screen: Screen, stage: Stage, show: Show, mos: MOS) -> None
     screen.step("Questions without and with the cube (a model of 135 million parameters)")
     show.ask_both_ways(mos, questions)
 
+    screen.step("What is not in attention is found when it is needed")
+    show.show_found(mos)
+
     screen.step("Time to the first token, over HTTP streaming, each time a new question")
     show.measure_warm(mos)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from memos_vllm.activation.templates import JinjaChatTemplate, TemplateTraits, p
 from memos_vllm.client import MOS
 from memos_vllm.client.errors import ApiNotFound
 from memos_vllm.client.objects import MemoryInfo
-from memos_vllm.demo.handbook import Question, Section
+from memos_vllm.demo.handbook import Question, Section, demo_call_question, demo_calls
 from memos_vllm.demo.report import Results, seconds_text
 from memos_vllm.demo.screen import Screen
 from memos_vllm.demo.timing import Measurement, Sample, ask_cube, ask_plainly, flood, read_pool
 from memos_vllm.models.gguf_import import TEMPLATE_FILE
 
 CUBE_ID = "pellworm-handbook"
+CALLS_ID = "pellworm-calls"
 WARM_UP = "What is the capital of France? Answer in one sentence."
 _ANSWER_OPTIONS = {"temperature": 0, "max_tokens": 32}
 
@@ -132,6 +134,24 @@ class Show:
                     f"computed again; source: {use.source}",
                     style="dim",
                 )
+
+    def show_found(self, mos: MOS) -> None:
+        """Ask about earlier calls, whose turns are found by search and not in attention."""
+        with contextlib.suppress(ApiNotFound):
+            mos.delete_cube(CALLS_ID)
+        cube = mos.create_cube(CALLS_ID, name="Calls of customers")
+        cube.add_turns(demo_calls(), session_id="call-1")
+        self._screen.line(f"Made the cube {CALLS_ID} with {len(demo_calls())} turns of a call.")
+        question = demo_call_question()
+        self._screen.line(question.question)
+        reply = cube.chat(question.question, options=_ANSWER_OPTIONS)
+        self._show_answer("with the cube", question, reply.text)
+        for found in reply.memos.retrieved[:2] if reply.memos is not None else ():
+            self._screen.line(
+                f"{'':<18} note {found.number} of its prompt: {found.source}, score "
+                f"{found.score:.2f}",
+                style="dim",
+            )
 
     def measure_warm(self, mos: MOS) -> None:
         """Times from scratch, with plain vLLM's prefix cache and with the cube, in turn."""

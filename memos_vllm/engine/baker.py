@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,23 +18,22 @@ from memos_vllm.domain.access import LOCAL_ADMIN
 from memos_vllm.domain.artifact import ActivationState, ArtifactRecord
 from memos_vllm.domain.cube import CubeSnapshot
 from memos_vllm.domain.ids import ArtifactId
-from memos_vllm.domain.job import Job, JobState
+from memos_vllm.domain.job import Job
 from memos_vllm.engine.chat import MemoryChat
 from memos_vllm.engine.heads import head_digest
+from memos_vllm.engine.job_runner import Report
 from memos_vllm.engine.observer import MemoryCall
 from memos_vllm.engine.stats import latest_reports
 from memos_vllm.errors import ArtifactError, MemosError, NotFound
 
 logger = logging.getLogger(__name__)
 
-_LEASE_SECONDS = 30.0
-_POLL_SECONDS = 1.0
 _STORE_POLL_SECONDS = 0.02
 _STORE_TIMEOUT_SECONDS = 120.0
 
 
 class Baker:
-    """Claims bake jobs and does them, one at a time.
+    """Does bake jobs.
 
     Args:
         identity: of this engine's artifacts in a scope.
@@ -55,25 +51,7 @@ class Baker:
         self._chat = chat
         self._store = store
         self._identity = identity
-        self._owner = f"{socket.gethostname()}:{os.getpid()}"
-        self._wake = asyncio.Event()
         self._recordings: set[asyncio.Task[None]] = set()
-
-    def wake(self) -> None:
-        """A job was queued; look for it now."""
-        self._wake.set()
-
-    async def run(self) -> None:
-        """Do jobs until cancelled. Jobs of a process that died come back when its lease ends."""
-        await asyncio.to_thread(self._forget_unusable)
-        while True:
-            job = await self._claim()
-            if job is not None:
-                await self._do(job)
-                continue
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _POLL_SECONDS)
 
     def record_later(self, snapshot: CubeSnapshot, head: list[int], kept_tokens: int) -> None:
         """Note in the catalog the artifact that a chat used or made, once it is stored."""
@@ -82,7 +60,7 @@ class Baker:
             self._recordings.add(task)
             task.add_done_callback(self._recordings.discard)
 
-    def _forget_unusable(self) -> None:
+    def forget_unusable(self) -> None:
         """Drop from the catalog what this server cannot load: evicted, or another model's.
 
         Their cubes then say `stale`, which they are, instead of `ready`.
@@ -102,50 +80,16 @@ class Baker:
             forgotten = self._mos.forget_artifacts(unusable)
             logger.info("memos: %d artifacts are not usable by this server", forgotten)
 
-    async def _claim(self) -> Job | None:
-        try:
-            return await asyncio.to_thread(
-                self._mos.claim_job, self._owner, lease_seconds=_LEASE_SECONDS
-            )
-        except MemosError:
-            logger.exception("memos: jobs cannot be claimed")
-            await asyncio.sleep(_POLL_SECONDS)
-            return None
+    async def bake(self, job: Job, report: Report) -> str:
+        """Do one bake job.
 
-    async def _do(self, job: Job) -> None:
-        renewal = asyncio.create_task(self._renew(job))
-        try:
-            message = await self._bake(job)
-            state, error = JobState.SUCCEEDED, None
-        except asyncio.CancelledError:
-            # The server stops; the next one finds the job when the lease has run out.
-            raise
-        except NotFound as failure:
-            state, message, error = JobState.CANCELLED, "the cube is gone", str(failure)
-        except Exception as failure:
-            if not isinstance(failure, MemosError):
-                logger.exception("memos: job %s failed", job.id)
-            state, message, error = JobState.FAILED, "the bake failed", str(failure)
-        finally:
-            renewal.cancel()
-        await asyncio.to_thread(
-            self._mos.finish_job, job.id, self._owner, state=state, message=message, error=error
-        )
-
-    async def _renew(self, job: Job) -> None:
-        while True:
-            await asyncio.sleep(_LEASE_SECONDS / 3)
-            await asyncio.to_thread(
-                self._mos.renew_job,
-                job.id,
-                self._owner,
-                lease_seconds=_LEASE_SECONDS,
-                progress=0.5,
-                message="computing the prefix",
-            )
-
-    async def _bake(self, job: Job) -> str:
-        """Returns what was done, for a person."""
+        Returns:
+            What was done, for a person.
+        Raises:
+            NotFound: the cube is gone.
+            MemosError: the prefix could not be computed or saved.
+        """
+        report(0.5, "computing the prefix")
         (snapshot,) = await asyncio.to_thread(self._mos.snapshots, LOCAL_ADMIN, [job.cube_id])
         if not snapshot.memories:
             await self._drop_stale(snapshot.id)
@@ -153,10 +97,10 @@ class Baker:
         prompt, head_tokens = await self._chat.bake_prompt(snapshot)
         failures = _failed_saves()
         started = time.perf_counter()
-        report = await self._compute(job, snapshot, prompt, head_tokens)
-        kept = report.get("kept_tokens", 0)
-        if report.get("unsupported"):
-            return f"computed with each request and not kept: {report['unsupported']}"
+        outcome = await self._compute(job, snapshot, prompt, head_tokens)
+        kept = outcome.get("kept_tokens", 0)
+        if outcome.get("unsupported"):
+            return f"computed with each request and not kept: {outcome['unsupported']}"
         if not kept:
             return f"{head_tokens} tokens are less than one block: computed with each request"
         await self._until_stored(snapshot, prompt[:kept], failures)

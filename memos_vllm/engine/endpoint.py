@@ -34,19 +34,28 @@ from memos_vllm.api.routes import build_router
 from memos_vllm.control.mos import Mos
 from memos_vllm.domain.access import LOCAL_ADMIN, Principal
 from memos_vllm.domain.cube import CubeSnapshot
+from memos_vllm.domain.job import JobKind
 from memos_vllm.engine import assembly
 from memos_vllm.engine.baker import Baker
 from memos_vllm.engine.chat import MemoryChat
+from memos_vllm.engine.composing import Composer
 from memos_vllm.engine.gateway import VllmGateway
+from memos_vllm.engine.job_runner import JobRunner
 from memos_vllm.engine.names import CONNECTOR_NAME, MIDDLEWARE, PLUGIN_NAME
 from memos_vllm.engine.options import parse_cube_ids, parse_options
 from memos_vllm.engine.protocol import MemoryChatRequest
+from memos_vllm.engine.reader import Reader
+from memos_vllm.engine.recall import Recall
+from memos_vllm.engine.reindexer import Reindexer
+from memos_vllm.engine.remembering import TurnWriter
 from memos_vllm.engine.secrets import ServerKeys, load_keys
 from memos_vllm.engine.stats import count_guard_event
 from memos_vllm.engine.template import TokenizerTemplate, special_tokens_of
 from memos_vllm.engine.ticket import TicketSigner
 from memos_vllm.engine.usage import UsageRecorder
 from memos_vllm.errors import ConfigurationError, MemosError, TemplateError, Unavailable
+from memos_vllm.plaintext.assembly import open_plaintext
+from memos_vllm.plaintext.store import PlaintextStore
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -63,6 +72,7 @@ class _Running:
     mos: Mos
     chat: MemoryChat
     gateway: VllmGateway
+    plaintext: PlaintextStore
     keys: ServerKeys
     tasks: list[asyncio.Task[None]]
 
@@ -84,6 +94,7 @@ class MemosEndpoint:
         app.include_router(
             build_router(
                 mos=lambda: self._started().mos,
+                plaintext=lambda: self._started().plaintext,
                 gateway=lambda: self._started().gateway,
                 principal=_principal,
                 tombstone_key=lambda: self._started().keys.tombstone,
@@ -130,13 +141,22 @@ class MemosEndpoint:
         def record_later(snapshot: CubeSnapshot, head: list[int], kept_tokens: int) -> None:
             baker.record_later(snapshot, head, kept_tokens)
 
+        def wake() -> None:
+            plaintext.wake()
+            jobs.wake()
+
+        special_tokens = special_tokens_of(serving.renderer.tokenizer)
+        composer = Composer(serving, _traits(serving), special_tokens)
+        plaintext = open_plaintext(settings, mos)
+        plaintext.start()
         chat = MemoryChat(
             mos=mos,
             serving=serving,
             keys=keys,
             signer=signer,
-            traits=_traits(serving),
-            special_tokens=special_tokens_of(serving.renderer.tokenizer),
+            composer=composer,
+            recall=Recall(plaintext, count_tokens=composer.count_tokens),
+            writer=TurnWriter(mos, on_written=wake),
             on_usage=usage.note,
             on_served=record_later,
         )
@@ -148,11 +168,24 @@ class MemosEndpoint:
                 scope, fingerprint.digest, numerics, RENDERER_VERSION
             ),
         )
+        reader = Reader(
+            mos=mos, plaintext=plaintext, serving=serving, special_tokens=special_tokens
+        )
+        jobs = JobRunner(
+            mos,
+            {
+                JobKind.BAKE: baker.bake,
+                JobKind.REBUILD: baker.bake,
+                JobKind.EXTRACT: reader.extract,
+                JobKind.REINDEX: Reindexer(mos, plaintext).reindex,
+            },
+        )
         gateway = VllmGateway(
             engine=engine_client,
             mos=mos,
             chat=chat,
-            baker=baker,
+            jobs=jobs,
+            plaintext=plaintext,
             store=store,
             fingerprint=fingerprint,
             numerics=numerics,
@@ -162,9 +195,14 @@ class MemosEndpoint:
             guard_listeners.append(count_guard_event)
         tasks = [
             asyncio.create_task(work)
-            for work in (baker.run(), usage.run(), _quietly(chat.warm_up()))
+            for work in (
+                _forget_then_run(baker, jobs),
+                usage.run(),
+                _quietly(chat.warm_up()),
+                _close_at_the_end(plaintext),
+            )
         ]
-        self._running = _Running(mos, chat, gateway, keys, tasks)
+        self._running = _Running(mos, chat, gateway, plaintext, keys, tasks)
         logger.info("memos: ready; data in %s", settings.data_dir)
 
     def _started(self) -> _Running:
@@ -207,6 +245,19 @@ class MemosEndpoint:
         return StreamingResponse(
             with_sse_keep_alive(answer, keep_alive), media_type="text/event-stream"
         )
+
+
+async def _forget_then_run(baker: Baker, jobs: JobRunner) -> None:
+    await asyncio.to_thread(baker.forget_unusable)
+    await jobs.run()
+
+
+async def _close_at_the_end(plaintext: PlaintextStore) -> None:
+    """Let go of the index when the server stops: its folder is then whole without a repair."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        plaintext.close()
 
 
 async def _quietly(work: Awaitable[None]) -> None:

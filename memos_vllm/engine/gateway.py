@@ -20,9 +20,10 @@ from memos_vllm.domain.access import LOCAL_ADMIN
 from memos_vllm.domain.artifact import ArtifactRecord
 from memos_vllm.domain.cube import CubeSnapshot, SnapshotMemory
 from memos_vllm.domain.memory import Memory, MemoryState
-from memos_vllm.engine.baker import Baker
 from memos_vllm.engine.chat import MemoryChat
+from memos_vllm.engine.job_runner import JobRunner
 from memos_vllm.engine.stats import latest_reports
+from memos_vllm.plaintext.store import PlaintextStore
 
 _PAGE = 1000
 
@@ -36,7 +37,8 @@ class VllmGateway:
         engine: EngineClient,
         mos: Mos,
         chat: MemoryChat,
-        baker: Baker,
+        jobs: JobRunner,
+        plaintext: PlaintextStore,
         store: ArtifactStore,
         fingerprint: Fingerprint,
         numerics: str,
@@ -45,7 +47,8 @@ class VllmGateway:
         self._engine = engine
         self._mos = mos
         self._chat = chat
-        self._baker = baker
+        self._jobs = jobs
+        self._plaintext = plaintext
         self._store = store
         self._fingerprint = fingerprint
         self._numerics = numerics
@@ -81,6 +84,7 @@ class VllmGateway:
                     "budget_bytes": self._settings.artifact_budget_bytes,
                     "quarantined": usage.num_quarantined,
                 },
+                "plaintext": await asyncio.to_thread(self._plaintext.status),
             },
             "actors": {},
             "head_misses": self._chat.heads.misses,
@@ -138,7 +142,7 @@ class VllmGateway:
         )
 
     def wake_jobs(self) -> None:
-        self._baker.wake()
+        self._jobs.wake()
 
 
 def vllm_version() -> str:

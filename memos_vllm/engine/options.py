@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
-from memos_vllm.domain.checks import check_encodable
+from memos_vllm.domain.checks import check_line
 from memos_vllm.domain.cube import validate_cube_id
 from memos_vllm.errors import InvalidRequest
 
@@ -12,11 +13,28 @@ MAX_CUBES = 8
 
 
 @dataclass(frozen=True, slots=True)
+class RetrieveOptions:
+    """How much is looked up for a chat; without `max_tokens` a share of the model's context."""
+
+    top_k: int = 8
+    max_tokens: int | None = None
+
+
+class RememberMode(StrEnum):
+    """How a turn is kept: as it was said, or also as the facts that a reader finds in it."""
+
+    FAST = "fast"
+    FINE = "fine"
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryOptions:
-    """The `memos` object of a request, checked."""
+    """The `memos` object of a request, checked; `retrieve` and `remember` are None for no."""
 
     activation: bool = True
     session_id: str | None = None
+    retrieve: RetrieveOptions | None = RetrieveOptions()
+    remember: RememberMode | None = None
 
 
 def parse_cube_ids(memcube_id: object, alias: object) -> list[str]:
@@ -65,28 +83,29 @@ def parse_options(value: object) -> MemoryOptions:
             f"memos has no field {unknown[0]!r}; it takes {', '.join(sorted(known))}",
             param=f"memos.{unknown[0]}",
         )
-    for name in ("activation", "adapter", "remember"):
+    for name in ("activation", "adapter"):
         if not isinstance(value.get(name, False), bool):
             raise InvalidRequest(f"memos.{name} must be true or false", param=f"memos.{name}")
-    if value.get("remember"):
-        raise InvalidRequest(
-            "memos.remember is not available in this release: write memories with "
-            "POST /v1/memcubes/{id}/memories",
-            param="memos.remember",
-        )
-    _check_retrieve(value.get("retrieve"))
     session = value.get("session_id")
     if session is not None and (not isinstance(session, str) or not 0 < len(session) <= 256):
         raise InvalidRequest(
             "memos.session_id must be a string of 1 to 256 characters", param="memos.session_id"
         )
-    check_encodable(session or "", param="memos.session_id")
-    return MemoryOptions(activation=value.get("activation", True), session_id=session)
+    if session is not None:
+        check_line(session, param="memos.session_id", max_chars=256)
+    return MemoryOptions(
+        activation=value.get("activation", True),
+        session_id=session,
+        retrieve=_retrieve(value.get("retrieve")),
+        remember=_remember(value.get("remember")),
+    )
 
 
-def _check_retrieve(value: object) -> None:
-    if value is None or value is False:
-        return
+def _retrieve(value: object) -> RetrieveOptions | None:
+    if value is None:
+        return RetrieveOptions()
+    if value is False:
+        return None
     if not isinstance(value, dict) or set(value) - {"top_k", "max_tokens"}:
         raise InvalidRequest(
             "memos.retrieve must be false or an object with top_k and max_tokens",
@@ -99,3 +118,22 @@ def _check_retrieve(value: object) -> None:
                 f"memos.retrieve.{name} must be a whole number from 1 to {most}",
                 param=f"memos.retrieve.{name}",
             )
+    return RetrieveOptions(**value)
+
+
+def _remember(value: object) -> RememberMode | None:
+    if value is None or value is False:
+        return None
+    if value is True:
+        return RememberMode.FAST
+    if not isinstance(value, dict) or set(value) - {"mode"}:
+        raise InvalidRequest(
+            "memos.remember must be true, false or an object with mode", param="memos.remember"
+        )
+    mode = value.get("mode", RememberMode.FAST)
+    if not isinstance(mode, str) or mode not in set(RememberMode):
+        raise InvalidRequest(
+            f"memos.remember.mode must be one of {', '.join(RememberMode)}",
+            param="memos.remember.mode",
+        )
+    return RememberMode(mode)

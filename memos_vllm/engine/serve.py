@@ -89,6 +89,36 @@ def own_parser() -> argparse.ArgumentParser:
         default=None,
         help="load artifacts that were baked under another numerics class",
     )
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--qdrant-url", help="URL of a Qdrant server; an index in the data folder if absent"
+    )
+    search.add_argument(
+        "--qdrant-namespace",
+        help="starts our collections' names there (memos); catalogs that share a server need "
+        "different ones",
+    )
+    search.add_argument("--qdrant-shards", type=int, help="shards of a new collection there (1)")
+    search.add_argument(
+        "--qdrant-replicas", type=int, help="replicas of a new collection there (1)"
+    )
+    search.add_argument(
+        "--qdrant-quantization",
+        action="store_true",
+        default=None,
+        help="keep int8 copies of vectors in memory there, for large collections",
+    )
+    search.add_argument(
+        "--embedder",
+        help="what vectors are made with: minilm-l6-v2-int8 (the default), "
+        "sentence-transformers:MODEL, fastembed:NAME, openai:MODEL@URL, or none",
+    )
+    search.add_argument("--embedder-threads", type=int, help="threads of a local embedder (1)")
+    search.add_argument(
+        "--reranker",
+        help="what puts the best hits into another order: sentence-transformers:MODEL or "
+        "openai:MODEL@URL (none)",
+    )
     return parser
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 _DONE = "data: [DONE]"
@@ -11,7 +11,7 @@ _NO_CHOICES = '"choices":[]'
 
 
 async def with_memos(
-    events: AsyncIterator[str], memos: Callable[[], dict[str, Any]]
+    events: AsyncIterator[str], memos: Callable[[], Awaitable[dict[str, Any]]]
 ) -> AsyncIterator[str]:
     """Add `memos` to the chunk that carries the usage, or to one of its own before the end.
 
@@ -22,7 +22,7 @@ async def with_memos(
     template: dict[str, Any] = {}
     async for event in events:
         if event.startswith(_DONE):
-            yield _chunk(usage, template, memos())
+            yield _chunk(usage, template, await memos())
             usage = None
             yield event
         elif _NO_CHOICES in event:
@@ -36,6 +36,23 @@ async def with_memos(
     if usage is not None:
         # The stream broke off; what was held back is still the caller's.
         yield usage
+
+
+async def heard(events: AsyncIterator[str], into: list[str]) -> AsyncIterator[str]:
+    """Pass events on, and add to `into` what the first choice says in them."""
+    async for event in events:
+        if '"content"' in event:
+            into.append(_said(event))
+        yield event
+
+
+def _said(event: str) -> str:
+    try:
+        chunk = json.loads(event.removeprefix("data: "))
+        choice = chunk["choices"][0]
+        return str(choice["delta"]["content"] or "") if choice["index"] == 0 else ""
+    except (ValueError, LookupError, TypeError):
+        return ""
 
 
 def _identity(event: str) -> dict[str, Any]:

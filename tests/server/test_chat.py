@@ -77,10 +77,11 @@ def test_the_memos_object_has_the_fields_of_the_contract(http: httpx.Client, cub
 def test_a_cube_without_activation_memory_answers_with_source_none(http: httpx.Client) -> None:
     cube_id, _ = make_cube(http, "plaintext", promote=False)
 
-    reply = ask(http, cube_id)
+    unsearched = {"retrieve": False}
 
-    assert activation(reply) == {"tokens": 0, "cached_tokens": 0, "source": "none"}
-    assert "desk number" not in prompt_of(http, cube_id)
+    for reply in (ask(http, cube_id), ask(http, cube_id, memos=unsearched)):
+        assert activation(reply) == {"tokens": 0, "cached_tokens": 0, "source": "none"}
+    assert "desk number" not in prompt_of(http, cube_id, memos=unsearched)
 
 
 def test_activation_false_leaves_nothing_in_the_cache(http: httpx.Client) -> None:

@@ -120,23 +120,24 @@ def test_a_promotion_that_is_not_waited_for_is_a_job_to_follow(http: httpx.Clien
     assert wait_until_ready(http, cube_id)["activation"]["tokens"] > 0
 
 
-def test_some_memories_are_promoted_and_the_others_stay_out_of_the_prompt(
+def test_some_memories_are_promoted_and_the_others_are_there_only_when_found(
     http: httpx.Client,
 ) -> None:
     cube_id, (red, _, _) = make_cube(http, "some", promote=False)
 
     move(http, cube_id, "promote", to="activation", memory_ids=[red], wait=True)
-    prompt = prompt_of(http, cube_id)
+    prompt = prompt_of(http, cube_id, memos={"retrieve": False})
 
     assert f"red of {cube_id}" in prompt
     assert f"green of {cube_id}" not in prompt
+    assert f"green of {cube_id}" in prompt_of(http, cube_id, question="When does green open?")
 
 
-def test_demotion_takes_the_text_out_of_the_prompt(http: httpx.Client) -> None:
+def test_demotion_takes_the_text_out_of_attention(http: httpx.Client) -> None:
     cube_id, (_, green, _) = make_cube(http, "demoted")
 
     move(http, cube_id, "demote", **{"from": "activation"}, memory_ids=[green], wait=True)
-    prompt = prompt_of(http, cube_id)
+    prompt = prompt_of(http, cube_id, memos={"retrieve": False})
     assert f"green of {cube_id}" not in prompt
     assert f"red of {cube_id}" in prompt
     assert f"blue of {cube_id}" in prompt

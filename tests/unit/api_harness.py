@@ -15,11 +15,13 @@ from fastapi.responses import JSONResponse, Response
 
 from memos_vllm.api.gateway import EngineGateway
 from memos_vllm.api.routes import build_router
+from memos_vllm.config import ServerSettings
 from memos_vllm.control.mos import Mos
 from memos_vllm.domain.access import LOCAL_ADMIN, Principal, PrincipalKind
 from memos_vllm.domain.artifact import ArtifactRecord
 from memos_vllm.domain.ids import PrincipalId
 from memos_vllm.domain.job import JobState
+from memos_vllm.plaintext.assembly import open_plaintext
 
 # What vLLM's own exception handlers would answer; none of our errors may get that far.
 ESCAPED = 599
@@ -62,6 +64,17 @@ class FakeGateway:
         self.on_wake()
 
 
+class FakePlaintext:
+    """A search that is open and knows nothing; tests of search have the real one."""
+
+    def __init__(self) -> None:
+        self.trouble: str | None = None
+        self.opened = True
+
+    def problem(self) -> str | None:
+        return self.trouble
+
+
 def _requester(request: Request) -> Principal:
     name = request.headers.get("x-test-principal")
     if name is None:
@@ -76,6 +89,7 @@ class Served:
     client: httpx.AsyncClient
     mos: Mos
     gateway: FakeGateway
+    plaintext: Any
     app: FastAPI
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -101,11 +115,20 @@ class Served:
             self.mos.finish_job(job.id, "worker", state=JobState.SUCCEEDED, message="baked")
 
 
-def build_app(mos: Callable[[], Mos], gateway: Callable[[], EngineGateway]) -> FastAPI:
+def build_app(
+    mos: Callable[[], Mos],
+    gateway: Callable[[], EngineGateway],
+    plaintext: Callable[[], Any] | None = None,
+) -> FastAPI:
     app = FastAPI()
+    found = FakePlaintext()
     app.include_router(
         build_router(
-            mos=mos, gateway=gateway, principal=_requester, tombstone_key=lambda: b"k" * 32
+            mos=mos,
+            plaintext=plaintext or (lambda: found),
+            gateway=gateway,
+            principal=_requester,
+            tombstone_key=lambda: b"k" * 32,
         )
     )
 
@@ -118,15 +141,22 @@ def build_app(mos: Callable[[], Mos], gateway: Callable[[], EngineGateway]) -> F
 
 
 @asynccontextmanager
-async def serve(folder: Path) -> AsyncIterator[Served]:
+async def serve(folder: Path, *, search: bool = False) -> AsyncIterator[Served]:
+    """An app over a catalog in `folder`, with a real search by words when asked for."""
     mos = Mos.open(f"sqlite:///{folder}/catalog.sqlite")
     gateway = FakeGateway()
-    app = build_app(lambda: mos, lambda: gateway)
+    plaintext: Any = FakePlaintext()
+    if search:
+        plaintext = open_plaintext(ServerSettings(data_dir=folder, embedder="none"), mos)
+        plaintext.start()
+    app = build_app(lambda: mos, lambda: gateway, lambda: plaintext)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
-            yield Served(client, mos, gateway, app)
+            yield Served(client, mos, gateway, plaintext, app)
     finally:
+        if search:
+            plaintext.close()
         mos.close()
 
 

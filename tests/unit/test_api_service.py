@@ -29,7 +29,17 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
 async def test_health_names_every_part(served: Served) -> None:
     reply = await served.client.get("/health")
     assert reply.status_code == 200
-    assert reply.json() == {"status": "ready", "parts": {"catalog": "ready", "engine": "ready"}}
+    parts = {"catalog": "ready", "engine": "ready", "plaintext": "ready"}
+    assert reply.json() == {"status": "ready", "parts": parts}
+
+
+async def test_a_server_whose_search_is_down_keeps_its_traffic_and_says_so(served: Served) -> None:
+    served.plaintext.trouble = "the Qdrant server does not answer"
+    reply = await served.client.get("/health")
+    assert (reply.status_code, reply.json()["status"]) == (200, "degraded")
+    assert reply.json()["parts"]["plaintext"] == "the Qdrant server does not answer"
+    served.plaintext.opened = False
+    error_of(await served.client.get("/health"), 503)
 
 
 async def test_health_of_a_part_that_is_down_is_a_503_that_names_it(served: Served) -> None:
@@ -55,6 +65,7 @@ async def test_while_parts_start_everything_answers_503_and_health_names_them() 
         assert health.json()["parts"] == {
             "catalog": "the catalog is being migrated",
             "engine": "the engine is loading its weights",
+            "plaintext": "ready",
         }
         cubes = await client.get("/v1/memcubes")
         error_of(cubes, 503)
@@ -167,6 +178,10 @@ ROUTES = {
     ("post", "/v1/memcubes/{cube_id}/promote"),
     ("post", "/v1/memcubes/{cube_id}/demote"),
     ("get", "/v1/memcubes/{cube_id}/jobs"),
+    ("post", "/v1/memcubes/{cube_id}/documents"),
+    ("post", "/v1/memcubes/{cube_id}/turns"),
+    ("post", "/v1/memcubes/{cube_id}/search"),
+    ("post", "/v1/memcubes/{cube_id}/reindex"),
     ("get", "/v1/jobs/{job_id}"),
     ("delete", "/v1/jobs/{job_id}"),
     ("get", "/v1/jobs/{job_id}/events"),
@@ -195,7 +210,7 @@ async def test_the_openapi_page_has_every_route_with_a_summary_and_an_example(
                 for content in answer.get("content", {}).values()
             ]
             assert any("example" in content for content in contents), (method, path)
-            if "requestBody" in operation:
+            if "application/json" in operation.get("requestBody", {}).get("content", {}):
                 assert "examples" in str(page["components"]["schemas"]), path
     assert found == ROUTES
 

@@ -19,7 +19,13 @@ from memos_vllm.engine.heads import (
     is_usual,
     variant_key,
 )
-from memos_vllm.engine.options import MemoryOptions, parse_cube_ids, parse_options
+from memos_vllm.engine.options import (
+    MemoryOptions,
+    RememberMode,
+    RetrieveOptions,
+    parse_cube_ids,
+    parse_options,
+)
 from memos_vllm.engine.protocol import MemoryChatRequest
 from memos_vllm.errors import InvalidRequest
 
@@ -253,9 +259,14 @@ def test_other_ways_to_name_cubes_are_refused(memcube_id: Any, alias: Any, messa
         ({"activation": False}, MemoryOptions(activation=False)),
         ({"session_id": "call-17"}, MemoryOptions(session_id="call-17")),
         ({"session_id": None, "retrieve": None}, MemoryOptions()),
-        ({"retrieve": False, "adapter": True, "remember": False}, MemoryOptions()),
-        ({"retrieve": {"top_k": 5, "max_tokens": 800}}, MemoryOptions()),
-        ({"retrieve": {}}, MemoryOptions()),
+        ({"retrieve": False, "adapter": True, "remember": False}, MemoryOptions(retrieve=None)),
+        (
+            {"retrieve": {"top_k": 5, "max_tokens": 800}},
+            MemoryOptions(retrieve=RetrieveOptions(top_k=5, max_tokens=800)),
+        ),
+        ({"retrieve": {}}, MemoryOptions(retrieve=RetrieveOptions())),
+        ({"remember": True}, MemoryOptions(remember=RememberMode.FAST)),
+        ({"remember": {"mode": "fine"}}, MemoryOptions(remember=RememberMode.FINE)),
     ],
 )
 def test_the_memos_object_is_read(value: Any, options: MemoryOptions) -> None:
@@ -275,7 +286,9 @@ def test_the_memos_object_is_read(value: Any, options: MemoryOptions) -> None:
         ({"activation": None}, "memos.activation"),
         ({"adapter": "name"}, "memos.adapter"),
         ({"remember": 0}, "memos.remember"),
-        ({"remember": True}, "memos.remember"),
+        ({"remember": "fine"}, "memos.remember"),
+        ({"remember": {"mode": "slow"}}, "memos.remember.mode"),
+        ({"remember": {"mode": ["fine"]}}, "memos.remember.mode"),
         ({"retrieve": True}, "memos.retrieve"),
         ({"retrieve": []}, "memos.retrieve"),
         ({"retrieve": {"k": 1}}, "memos.retrieve"),

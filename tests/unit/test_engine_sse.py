@@ -56,8 +56,12 @@ async def stream(events: list[str]) -> AsyncIterator[str]:
         yield item
 
 
+async def say_memos() -> dict[str, Any]:
+    return MEMOS
+
+
 async def through(events: list[str]) -> list[str]:
-    return [item async for item in with_memos(stream(events), lambda: MEMOS)]
+    return [item async for item in with_memos(stream(events), say_memos)]
 
 
 def chunk_of(item: str) -> dict[str, Any]:
@@ -120,7 +124,7 @@ async def test_events_pass_at_once_and_only_the_usage_chunk_waits() -> None:
             seen.append(item)
             yield item
 
-    answer = with_memos(noting(), lambda: MEMOS)
+    answer = with_memos(noting(), say_memos)
     for count in (1, 2):
         await anext(answer)
         assert len(seen) == count
@@ -130,7 +134,7 @@ async def test_the_reply_is_asked_for_only_when_the_stream_has_ended() -> None:
     asked: list[int] = []
     count = 0
 
-    def memos() -> dict[str, Any]:
+    async def memos() -> dict[str, Any]:
         asked.append(count)
         return MEMOS
 
@@ -212,7 +216,7 @@ async def test_an_exception_reaches_the_server() -> None:
         yield text("a")
         raise RuntimeError("engine died")
 
-    answer = with_memos(failing(), lambda: MEMOS)
+    answer = with_memos(failing(), say_memos)
     assert await anext(answer) == text("a")
     with pytest.raises(RuntimeError, match="engine died"):
         await anext(answer)
@@ -233,7 +237,7 @@ async def test_keep_alive_comments_come_while_the_model_thinks() -> None:
         yield event(usage=1)
         yield DONE
 
-    wrapped = with_sse_keep_alive(with_memos(slow(), lambda: MEMOS), 0.05)  # type: ignore[arg-type]
+    wrapped = with_sse_keep_alive(with_memos(slow(), say_memos), 0.05)  # type: ignore[arg-type]
     answer = [item async for item in wrapped]
     assert SSE_KEEP_ALIVE_COMMENT in answer
     events = [item for item in answer if item != SSE_KEEP_ALIVE_COMMENT]
@@ -251,7 +255,7 @@ async def test_a_client_that_goes_away_closes_the_stream_behind() -> None:
         finally:
             closed.append(True)
 
-    answer = with_memos(endless(), lambda: MEMOS)
+    answer = with_memos(endless(), say_memos)
     await anext(answer)
     await answer.aclose()  # type: ignore[attr-defined]
     import asyncio
