@@ -195,6 +195,30 @@ def demote(
 
 
 @app.command()
+def reindex(
+    cube: CubeId,
+    *,
+    wait: Wait = True,
+    timeout: WaitSeconds = 600.0,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have the search index take in each memory of a cube again; texts are untouched."""
+    with connect(url, api_key) as mos:
+        handle = mos.cube(cube)
+        job = _follow(
+            mos, handle, handle.reindex(), wait=wait, timeout_seconds=timeout, as_json=as_json
+        )
+    if as_json:
+        output.say_json(job.raw)
+    elif job.ended:
+        output.say(f"{cube}: {job.message or job.state}")
+    else:
+        _say_going_on(cube, job)
+
+
+@app.command()
 def stats(
     cube: CubeId, *, url: Url = None, api_key: ApiKey = None, as_json: AsJson = False
 ) -> None:
@@ -217,21 +241,34 @@ def _move_tier(
     timeout_seconds: float,
     as_json: bool,
 ) -> None:
-    job = start(cube)
-    if wait and not job.ended:
-        with output.progress(f"{job.kind} {cube.id}", silent=as_json) as report:
-            job = mos.wait_for_job(
-                job.id,
-                timeout_seconds=timeout_seconds,
-                on_progress=lambda seen: report(seen.progress, seen.message),
-            )
+    job = _follow(
+        mos, cube, start(cube), wait=wait, timeout_seconds=timeout_seconds, as_json=as_json
+    )
     if as_json:
         output.say_json(job.raw)
     elif job.ended:
         activation = cube.info().activation
         output.say(f"{cube.id}: activation {activation.state}, {activation.tokens:,} tokens")
     else:
-        output.say(f"{cube.id}: {job.kind} job {job.id} is {job.state}")
+        _say_going_on(cube.id, job)
+
+
+def _follow(
+    mos: MOS, cube: Cube, job: JobInfo, *, wait: bool, timeout_seconds: float, as_json: bool
+) -> JobInfo:
+    """The job as it ended, with its progress shown meanwhile; as it is when not waited for."""
+    if not wait or job.ended:
+        return job
+    with output.progress(f"{job.kind} {cube.id}", silent=as_json) as report:
+        return mos.wait_for_job(
+            job.id,
+            timeout_seconds=timeout_seconds,
+            on_progress=lambda seen: report(seen.progress, seen.message),
+        )
+
+
+def _say_going_on(cube_id: str, job: JobInfo) -> None:
+    output.say(f"{cube_id}: {job.kind} job {job.id} is {job.state}")
 
 
 def _row(cube: CubeInfo) -> Sequence[object]:

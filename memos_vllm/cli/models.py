@@ -21,7 +21,11 @@ def models() -> None:
 @app.command()
 def prepare(
     name: Annotated[
-        str, typer.Argument(help="smollm2-135m-instruct, a folder, or a hub id org/name.")
+        str,
+        typer.Argument(
+            help="smollm2-135m-instruct, minilm-l6-v2-int8 (search's embedder), a folder, or a hub "
+            "id org/name."
+        ),
     ],
     *,
     target: Annotated[

@@ -38,6 +38,13 @@ Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the job t
 WaitSeconds = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.0, help="Longest time to wait.")
 ]
+Tags = Annotated[
+    list[str] | None, typer.Option("--tag", help="A tag; may be repeated.", show_default=False)
+]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="A label; may be repeated.", show_default=False)
+]
+Reason = Annotated[str | None, typer.Option(help="Why, for the history.", show_default=False)]
 IfVersion = Annotated[
     int | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 
 # A memory's text may hold escape sequences that a terminal would obey.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 Progress = Callable[[float, str], None]
 
@@ -43,15 +45,28 @@ def say_json_list(items: Sequence[object]) -> None:
     say_json({"object": "list", "data": list(items)})
 
 
-def say_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns with heads on a terminal; elsewhere one line a row, tabs between its cells."""
+def say_table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    below: Sequence[Sequence[str]] = (),
+) -> None:
+    """Columns with heads on a terminal; elsewhere one line a row, tabs between its cells.
+
+    Args:
+        below: lines to put under each row, indented and never cut.
+    """
     cells = [[one_line(str(cell)) for cell in row] for row in rows]
+    style, end = "", ""
     if sys.stdout.isatty():
-        lines = _aligned([list(heads), *cells], width=os.get_terminal_size(1).columns)
-        lines[0] = f"\x1b[1m{lines[0]}\x1b[0m"
+        head, *lines = _aligned([list(heads), *cells], width=os.get_terminal_size(1).columns)
+        sys.stdout.write(f"\x1b[1m{head}\x1b[0m\n")
+        style, end = _DIM, _PLAIN
     else:
         lines = ["\t".join(row) for row in cells]
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+    for line, asides in itertools.zip_longest(lines, below, fillvalue=()):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.writelines(f"    {style}{one_line(aside)}{end}\n" for aside in asides)
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, width: int) -> list[str]:
@@ -73,7 +88,7 @@ def _aligned(rows: Sequence[Sequence[str]], *, width: int) -> list[str]:
 def say_dim(text: str) -> None:
     """An aside after a result: dim on a terminal, on stderr elsewhere, to keep stdout clean."""
     if sys.stdout.isatty():
-        sys.stdout.write(f"\x1b[2m{printable(text)}\x1b[0m\n")
+        sys.stdout.write(f"{_DIM}{printable(text)}{_PLAIN}\n")
     else:
         note(text)
 

@@ -1,7 +1,8 @@
-"""Turns what the user names (texts, files, folders, stdin) into memories."""
+"""Turns what the user names (texts, files, folders, stdin) into memories and documents."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -9,12 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from memos_vllm.cli import output
 from memos_vllm.errors import MemosError
 
 MAX_TEXT_BYTES = 64 * 1024
-SUFFIXES = {".md", ".txt"}
+SUFFIXES = (".md", ".txt")
+# What the server cuts into memories itself, and of these what no text can be read from here.
+DOCUMENT_SUFFIXES = (".pdf", ".docx", ".html", ".htm", ".md", ".markdown", ".txt")
+BINARY_SUFFIXES = (".pdf", ".docx")
 # A file that is far over what could be split into memories is named by mistake.
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
@@ -28,9 +33,14 @@ class InputError(MemosError):
     """Something that was named cannot become a memory."""
 
 
-class Split(StrEnum):
-    """How a file becomes memories."""
+class BlankFile(InputError):
+    """A file without anything in it."""
 
+
+class Split(StrEnum):
+    """How a file becomes memories; with `auto` the server cuts it along its structure."""
+
+    AUTO = "auto"
     NONE = "none"
     HEADINGS = "headings"
 
@@ -43,22 +53,57 @@ class Piece:
     source: dict[str, str]
 
 
-def read_pieces(items: Sequence[str], *, texts: Sequence[str], split: Split) -> list[Piece]:
-    """Everything that was named, in the order named; nothing is sent before all of it is read.
+@dataclass(frozen=True, slots=True)
+class DocumentFile:
+    """A file for the server to cut; `found` in a folder, not named itself."""
+
+    path: Path
+    found: bool = False
+
+    @property
+    def uri(self) -> str:
+        return self.path.as_posix()
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            InputError: unreadable, blank or over 32 MiB.
+        """
+        # Not at the top: it loads httpx.
+        from memos_vllm.client.documents import MAX_DOCUMENT_BYTES
+
+        content = _content(self.path, limit=MAX_DOCUMENT_BYTES)
+        if not content.strip():
+            raise BlankFile(f"{self.path} is blank")
+        return content
+
+
+def read_items(
+    items: Sequence[str], *, texts: Sequence[str], split: Split
+) -> tuple[list[Piece], list[DocumentFile]]:
+    """Everything that was named, in the order named; nothing is sent before all texts are read.
 
     Args:
         items: files, folders, `-` for stdin; what names none of these is a text itself.
         texts: taken as texts whatever they look like.
+    Returns:
+        The memories, and with `auto` the files that the server cuts; these are not read yet.
     Raises:
         InputError: unreadable, not UTF-8, blank, too large, or nothing to read in a folder.
     """
     pieces: list[Piece] = []
+    documents: list[DocumentFile] = []
     for item in items:
         if item == "-":
             text = decode(sys.stdin.buffer.read(), "stdin")
             pieces += _pieces(text, {"kind": "stdin"}, "stdin", split)
         elif _exists(item):
-            pieces += _from_path(Path(item), split)
+            path = Path(item)
+            if split is Split.AUTO and (found := _documents(path)):
+                documents += found
+            else:
+                pieces += _from_path(path, split)
         elif _FILE_LIKE.fullmatch(item):
             raise InputError(
                 f"there is no file '{item}'; if it is a text, give it with --text '{item}'"
@@ -66,7 +111,7 @@ def read_pieces(items: Sequence[str], *, texts: Sequence[str], split: Split) -> 
         else:
             pieces.append(_piece(item, {"kind": "note"}, "the text"))
     pieces += [_piece(text, {"kind": "note"}, "the text") for text in texts]
-    return pieces
+    return pieces, documents
 
 
 def decode(content: bytes, name: str) -> str:
@@ -91,6 +136,40 @@ def read_text_file(name: str) -> str:
     if name == "-":
         return decode(sys.stdin.buffer.read(), "stdin")
     return decode(_content(Path(name)), name)
+
+
+def read_messages(name: str) -> list[dict[str, object]]:
+    """The messages of a file, or of stdin for `-`: a JSON list, or one JSON object a line.
+
+    Raises:
+        InputError: unreadable, or not that; it names the line.
+    """
+    named = "stdin" if name == "-" else name
+    text = read_text_file(name)
+    if not text.strip():
+        raise InputError(f"{named} is blank")
+    if text.lstrip().startswith("["):
+        messages: list[Any] = _json(text, named)
+        places = [f"message {number} of {named}" for number in range(1, len(messages) + 1)]
+    else:
+        # Not splitlines: JSON leaves other line ends, as U+2028, in its strings.
+        lines = enumerate(text.split("\n"), start=1)
+        numbered = [(f"line {number} of {named}", line) for number, line in lines if line.strip()]
+        places = [place for place, _ in numbered]
+        messages = [_json(line, place) for place, line in numbered]
+    for place, message in zip(places, messages, strict=True):
+        if not isinstance(message, dict):
+            raise InputError(f"{place} is not an object with role and content")
+    return messages
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{place} is not JSON ({error}); give a JSON list of messages, or one message a line"
+        ) from None
 
 
 def split_at_headings(text: str) -> Iterator[tuple[list[str], str]]:
@@ -143,10 +222,12 @@ def _exists(item: str) -> bool:
 
 def _from_path(path: Path, split: Split) -> list[Piece]:
     if not path.is_dir():
+        if path.suffix.lower() in BINARY_SUFFIXES:
+            raise InputError(f"{path} is no text; give --split auto to have it cut by the server")
         text = decode(_content(path), str(path))
         return _pieces(text, _file_source(path), str(path), split)
     pieces: list[Piece] = []
-    for file in _files_under(path):
+    for file in _files_under(path, SUFFIXES):
         text = decode(_content(file), str(file))
         if text.strip():
             pieces += _pieces(text, _file_source(file), str(file), split)
@@ -157,14 +238,32 @@ def _from_path(path: Path, split: Split) -> list[Piece]:
     return pieces
 
 
-def _files_under(folder: Path) -> list[Path]:
+def _documents(path: Path) -> list[DocumentFile]:
+    """The documents that this path names; none for a file of another kind.
+
+    Raises:
+        InputError: a folder without any.
+    """
+    if not path.is_dir():
+        return [DocumentFile(path)] if path.suffix.lower() in DOCUMENT_SUFFIXES else []
+    files = _files_under(path, DOCUMENT_SUFFIXES)
+    if not files:
+        raise InputError(f"the folder {path} holds no {_one_of(DOCUMENT_SUFFIXES)} file")
+    return [DocumentFile(file, found=True) for file in files]
+
+
+def _one_of(suffixes: Sequence[str]) -> str:
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+
+
+def _files_under(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     files = []
     for root, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [
             Path(root) / name
             for name in sorted(names)
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+            if not name.startswith(".") and Path(name).suffix.lower() in suffixes
         ]
     return files
 
@@ -173,14 +272,14 @@ def _unreadable(error: OSError) -> None:
     raise InputError(f"cannot read {error.filename}: {error.strerror}")
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, *, limit: int = MAX_FILE_BYTES) -> bytes:
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            content = file.read(limit + 1)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise InputError(f"{path} is over {output.size(MAX_FILE_BYTES)}; split it first")
+    if len(content) > limit:
+        raise InputError(f"{path} is over {output.size(limit)}; split it first")
     return content
 
 
@@ -189,7 +288,7 @@ def _file_source(path: Path) -> dict[str, str]:
 
 
 def _pieces(text: str, source: dict[str, str], name: str, split: Split) -> list[Piece]:
-    if split is Split.NONE or source.get("uri", "").lower().endswith(".txt"):
+    if split is not Split.HEADINGS or source.get("uri", "").lower().endswith(".txt"):
         return [_piece(text, source, name)]
     pieces = []
     for headings, section in split_at_headings(text):
@@ -214,6 +313,6 @@ def _piece(text: str, source: dict[str, str], name: str) -> Piece:
     if num_bytes > MAX_TEXT_BYTES:
         raise InputError(
             f"{name} has {num_bytes:,} bytes and a memory holds at most {MAX_TEXT_BYTES:,}; "
-            "split it, or give --split headings for Markdown"
+            "split it, or put it into a .txt or .md file and give --split auto"
         )
     return Piece(text, source)

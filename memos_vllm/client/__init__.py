@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memos_vllm.client.cube import AsyncCube, Cube
+from memos_vllm.client.documents import DocumentInfo
 from memos_vllm.client.errors import (
     ApiBadRequest,
     ApiConflict,
@@ -18,15 +19,10 @@ from memos_vllm.client.errors import (
     ServerUnreachable,
     UnexpectedReply,
 )
+from memos_vllm.client.found import Hop, PendingChanges, SearchHit, SearchResult
 from memos_vllm.client.mos import MOS, AsyncMOS
-from memos_vllm.client.objects import (
-    ChatMemos,
-    ChatReply,
-    CubeInfo,
-    Health,
-    JobInfo,
-    MemoryInfo,
-)
+from memos_vllm.client.objects import CubeInfo, Health, JobInfo, MemoryInfo
+from memos_vllm.client.replies import ChatMemos, ChatReply, Remembered, RetrievedMemory
 from memos_vllm.client.session import RetryPolicy
 from memos_vllm.client.stream import AsyncChatStream, ChatStream
 from memos_vllm.domain.patch import UNSET
@@ -52,14 +48,21 @@ __all__ = [
     "ChatStream",
     "Cube",
     "CubeInfo",
+    "DocumentInfo",
     "Health",
+    "Hop",
     "JobFailed",
     "JobInfo",
     "JobTimeout",
     "MemoryInfo",
     "MemosError",
+    "PendingChanges",
+    "Remembered",
     "ReplyTimeout",
+    "RetrievedMemory",
     "RetryPolicy",
+    "SearchHit",
+    "SearchResult",
     "ServerUnreachable",
     "UnexpectedReply",
 ]

@@ -10,7 +10,7 @@ import httpx
 from memos_vllm.client.errors import UnexpectedReply
 from memos_vllm.client.fields import Fields
 from memos_vllm.client.flow import Awaited, Blocking
-from memos_vllm.client.objects import ChatReply
+from memos_vllm.client.replies import ChatReply
 from memos_vllm.client.session import Session
 from memos_vllm.client.steps import Flow
 from memos_vllm.client.stream import AsyncChatStream, ChatStream
@@ -20,6 +20,8 @@ from memos_vllm.errors import InvalidRequest
 # A conversation, or just the user's words.
 Messages: TypeAlias = str | Sequence[Mapping[str, object]]
 Retrieve: TypeAlias = Mapping[str, object] | bool | None
+# Whether a turn is kept as it was said (True, "fast"), or read for facts too ("fine").
+Remember: TypeAlias = bool | Literal["fast", "fine"]
 
 _OUR_FIELDS = {"model", "messages", "stream", "memcube_id", "mem_cube_id", "memos"}
 
@@ -41,6 +43,8 @@ def chat_call(
     cubes: Sequence[str],
     model: str | None,
     retrieve: Retrieve,
+    remember: Remember,
+    session_id: str | None,
     activation: bool,
     adapter: bool,
     options: Mapping[str, object] | None,
@@ -71,13 +75,13 @@ def chat_call(
     body: dict[str, object] = {"model": model, "messages": list(messages), **options}
     if cubes:
         body["memcube_id"] = cubes[0] if len(cubes) == 1 else list(cubes)
-    memos: dict[str, object] = {}
-    if retrieve is not None:
-        memos["retrieve"] = dict(retrieve) if isinstance(retrieve, Mapping) else retrieve
-    if not activation:
-        memos["activation"] = False
-    if not adapter:
-        memos["adapter"] = False
+    memos = _memos(
+        retrieve=retrieve,
+        remember=remember,
+        session_id=session_id,
+        activation=activation,
+        adapter=adapter,
+    )
     if memos:
         body["memos"] = memos
     if stream:
@@ -92,6 +96,31 @@ def chat_call(
         repeatable=False,
         slow=True,
     )
+
+
+def _memos(
+    *,
+    retrieve: Retrieve,
+    remember: Remember,
+    session_id: str | None,
+    activation: bool,
+    adapter: bool,
+) -> dict[str, object]:
+    """The request's `memos` object: only what differs from the server's own choice."""
+    memos: dict[str, object] = {}
+    if isinstance(retrieve, Mapping):
+        memos["retrieve"] = dict(retrieve)
+    elif retrieve is False:
+        memos["retrieve"] = False
+    if remember:
+        memos["remember"] = {"mode": remember} if isinstance(remember, str) else True
+    if session_id is not None:
+        memos["session_id"] = session_id
+    if not activation:
+        memos["activation"] = False
+    if not adapter:
+        memos["adapter"] = False
+    return memos
 
 
 def _reply(session: Session, **arguments: Any) -> Flow[ChatReply]:
@@ -119,6 +148,8 @@ class BlockingChat(Blocking):
         model: str | None = None,
         stream: Literal[False] = False,
         retrieve: Retrieve = None,
+        remember: Remember = False,
+        session_id: str | None = None,
         activation: bool = True,
         adapter: bool = True,
         options: Mapping[str, object] | None = None,
@@ -132,6 +163,8 @@ class BlockingChat(Blocking):
         model: str | None = None,
         stream: Literal[True],
         retrieve: Retrieve = None,
+        remember: Remember = False,
+        session_id: str | None = None,
         activation: bool = True,
         adapter: bool = True,
         options: Mapping[str, object] | None = None,
@@ -144,6 +177,8 @@ class BlockingChat(Blocking):
         model: str | None = None,
         stream: bool = False,
         retrieve: Retrieve = None,
+        remember: Remember = False,
+        session_id: str | None = None,
         activation: bool = True,
         adapter: bool = True,
         options: Mapping[str, object] | None = None,
@@ -155,7 +190,11 @@ class BlockingChat(Blocking):
             cubes: the MemCubes to answer with, at most 8; on a Cube, those after itself.
             model: the served model's name; asked from the server once when not given.
             stream: return a ChatStream of text deltas.
-            retrieve: `{"top_k": ..., "max_tokens": ...}`, or False for no retrieval.
+            retrieve: `{"top_k": ..., "max_tokens": ...}`, or False for no retrieval; the server
+                chooses when not given.
+            remember: keep the question and its answer as memories of the first cube: True or
+                "fast" as they were said, "fine" also as the facts that the model reads in them.
+            session_id: ties what is remembered, and warm KV, to one conversation.
             activation, adapter: False leaves that kind of memory out.
             options: any other parameter of an OpenAI chat request, as `temperature`.
         Raises:
@@ -167,6 +206,8 @@ class BlockingChat(Blocking):
             "cubes": self._chat_cubes(cubes),
             "model": model,
             "retrieve": retrieve,
+            "remember": remember,
+            "session_id": session_id,
             "activation": activation,
             "adapter": adapter,
             "options": options,
@@ -182,6 +223,8 @@ class BlockingChat(Blocking):
         cubes: Sequence[str] = (),
         model: str | None = None,
         retrieve: Retrieve = None,
+        remember: Remember = False,
+        session_id: str | None = None,
         activation: bool = True,
         adapter: bool = True,
         options: Mapping[str, object] | None = None,
@@ -193,6 +236,8 @@ class BlockingChat(Blocking):
             model=model,
             stream=True,
             retrieve=retrieve,
+            remember=remember,
+            session_id=session_id,
             activation=activation,
             adapter=adapter,
             options=options,
@@ -214,6 +259,8 @@ class AwaitedChat(Awaited):
         model: str | None = None,
         stream: Literal[False] = False,
         retrieve: Retrieve = None,
+        remember: Remember = False,
+        session_id: str | None = None,
         activation: bool = True,
         adapter: bool = True,
         options: Mapping[str, object] | None = None,
@@ -227,6 +274,8 @@ class AwaitedChat(Awaited):
         model: str | None = None,
         stream: Literal[True],
         retrieve: Retrieve = None,
+        remember: Remember = False,
+        session_id: str | None = None,
         activation: bool = True,
         adapter: bool = True,
         options: Mapping[str, object] | None = None,
@@ -239,6 +288,8 @@ class AwaitedChat(Awaited):
         model: str | None = None,
         stream: bool = False,
         retrieve: Retrieve = None,
+        remember: Remember = False,
+        session_id: str | None = None,
         activation: bool = True,
         adapter: bool = True,
         options: Mapping[str, object] | None = None,
@@ -249,6 +300,8 @@ class AwaitedChat(Awaited):
             "cubes": self._chat_cubes(cubes),
             "model": model,
             "retrieve": retrieve,
+            "remember": remember,
+            "session_id": session_id,
             "activation": activation,
             "adapter": adapter,
             "options": options,
@@ -264,6 +317,8 @@ class AwaitedChat(Awaited):
         cubes: Sequence[str] = (),
         model: str | None = None,
         retrieve: Retrieve = None,
+        remember: Remember = False,
+        session_id: str | None = None,
         activation: bool = True,
         adapter: bool = True,
         options: Mapping[str, object] | None = None,
@@ -275,6 +330,8 @@ class AwaitedChat(Awaited):
             cubes=self._chat_cubes(cubes),
             model=model,
             retrieve=retrieve,
+            remember=remember,
+            session_id=session_id,
             activation=activation,
             adapter=adapter,
             options=options,

@@ -11,8 +11,9 @@ import httpx
 from memos_vllm.client.chat import AwaitedChat, BlockingChat
 from memos_vllm.client.fields import Fields
 from memos_vllm.client.flow import Listing, listing, operation
-from memos_vllm.client.jobs import wait_for_job
+from memos_vllm.client.jobs import JOB_TIMEOUT_SECONDS, wait_for_job
 from memos_vllm.client.objects import CubeInfo, JobInfo, Json, MemoryInfo, Page, page_of
+from memos_vllm.client.plaintext import PlaintextCalls
 from memos_vllm.client.session import Session
 from memos_vllm.client.steps import Flow
 from memos_vllm.client.wire import Call, encode_time, path_part
@@ -22,8 +23,6 @@ from memos_vllm.errors import InvalidRequest
 # A text, or a memory object of the API with at least "text".
 MemoryInput: TypeAlias = str | Mapping[str, object]
 MemoryIds: TypeAlias = Literal["all"] | Sequence[str]
-
-JOB_TIMEOUT_SECONDS = 600.0
 
 
 def if_match(version: int | None) -> dict[str, str]:
@@ -47,11 +46,10 @@ def nothing(_body: object) -> None:
     return None
 
 
-class CubeCalls:
+class CubeCalls(PlaintextCalls):
     """The calls of a cube, as flows; `Cube` and `AsyncCube` run them."""
 
     id: str
-    _session: Session
 
     @property
     def _path(self) -> str:

@@ -41,6 +41,12 @@ class Fields:
             raise self._wrong(name, value)
         return value
 
+    def optional_count(self, name: str) -> int | None:
+        return None if self.raw.get(name) is None else self.count(name)
+
+    def flag(self, name: str) -> bool:
+        return self._typed(name, bool)
+
     def number(self, name: str, *, default: float | None = None) -> float:
         value = self.raw.get(name)
         if default is not None and value is None:
@@ -68,6 +74,11 @@ class Fields:
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise self._wrong(name, values)
         return tuple(values)
+
+    def numbers(self, name: str) -> dict[str, float]:
+        """An object of numbers; absent or null is empty."""
+        values = Fields(self.mapping(name), f"{self._kind}.{name}")
+        return {key: values.number(key) for key in values.raw}
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         """An object kept as it is; absent or null is empty."""

@@ -10,6 +10,7 @@ from memos_vllm.client.session import Session
 from memos_vllm.client.steps import Flow, Pause
 from memos_vllm.client.wire import Call, path_part
 
+JOB_TIMEOUT_SECONDS = 600.0
 FIRST_POLL_SECONDS = 0.05
 LONGEST_POLL_SECONDS = 1.0
 

@@ -10,7 +10,6 @@ import httpx
 
 from memos_vllm.client.chat import AwaitedChat, BlockingChat, ask_models
 from memos_vllm.client.cube import (
-    JOB_TIMEOUT_SECONDS,
     AsyncCube,
     Cube,
     if_match,
@@ -18,7 +17,7 @@ from memos_vllm.client.cube import (
     raw_object,
 )
 from memos_vllm.client.flow import Listing, listing, operation
-from memos_vllm.client.jobs import read_job, wait_for_job
+from memos_vllm.client.jobs import JOB_TIMEOUT_SECONDS, read_job, wait_for_job
 from memos_vllm.client.objects import CubeInfo, Health, JobInfo, Json, Page, page_of
 from memos_vllm.client.session import RetryPolicy, Session
 from memos_vllm.client.steps import Flow
@@ -159,10 +158,10 @@ class MosCalls(Generic[CubeT]):
         body = yield from self._session.call(call)
         parts = body.get("parts")
         parts = {str(part): str(state) for part, state in (parts or {}).items()}
-        ready = body.get("status", "ready") in {"ready", "ok"} and all(
-            state == "ready" for state in parts.values()
-        )
-        return Health(ready=ready, parts=parts, raw=body)
+        status = body.get("status", "ready")
+        whole = status in {"ready", "ok"} and all(state == "ready" for state in parts.values())
+        degraded = status == "degraded"
+        return Health(ready=whole or degraded, degraded=degraded, parts=parts, raw=body)
 
     @operation
     def verify_audit(self) -> Flow[Json]:
@@ -180,7 +179,8 @@ class MOS(MosCalls[Cube], BlockingChat):
         base_url: the server's root; a trailing `/v1` is taken off.
         api_key: sent as `Authorization: Bearer`.
         timeout: seconds to wait for an ordinary answer.
-        chat_timeout: seconds to wait for (each part of) a generated answer.
+        chat_timeout: seconds to wait for (each part of) a generated answer, or for a document to
+            be read.
         retry: when calls that may be repeated are repeated.
         transport: an httpx transport in place of the network.
     Raises:

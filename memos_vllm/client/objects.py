@@ -164,78 +164,15 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the server is ready, and per part "ready" or the reason why not."""
+    """Whether the server is ready, and per part "ready" or the reason why not.
+
+    A `degraded` server is ready for chats, and a part that they can do without is not.
+    """
 
     ready: bool
+    degraded: bool
     parts: Mapping[str, str]
     raw: Json = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class ActivationUse:
-    """What the connector did for one chat; `source` is resident, store, computed or none."""
-
-    tokens: int
-    cached_tokens: int
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMemos:
-    """The `memos` object of a chat reply: which memory the answer was built on."""
-
-    cubes: tuple[tuple[str, int], ...]
-    activation: ActivationUse
-    retrieved: tuple[Json, ...]
-    adapter: Any
-    raw: Json = field(repr=False, compare=False)
-
-    @classmethod
-    def from_json(cls, body: object) -> ChatMemos:
-        memos = Fields(body, "memos object")
-        activation = memos.part("activation")
-        return cls(
-            cubes=memos.each("cubes", _cube_version),
-            activation=ActivationUse(
-                tokens=activation.count("tokens", default=0),
-                cached_tokens=activation.count("cached_tokens", default=0),
-                source=activation.optional_text("source") or "none",
-            ),
-            retrieved=memos.each("retrieved", lambda hit: Fields(hit, "retrieved memory").raw),
-            adapter=memos.raw.get("adapter"),
-            raw=memos.raw,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ChatReply:
-    """One answer. `text` is the first choice's; `message` has its tool calls and the like."""
-
-    text: str
-    message: Json
-    finish_reason: str | None
-    model: str
-    usage: Json
-    memos: ChatMemos | None
-    raw: Json = field(repr=False, compare=False)
-
-    @classmethod
-    def from_json(cls, body: object) -> ChatReply:
-        reply = Fields(body, "chat completion")
-        choices = reply.each("choices", lambda choice: Fields(choice, "choice"))
-        if not choices:
-            raise UnexpectedReply("the server's chat completion has no choices")
-        message = choices[0].part("message")
-        memos = reply.raw.get("memos")
-        return cls(
-            text=message.optional_text("content") or "",
-            message=message.raw,
-            finish_reason=choices[0].optional_text("finish_reason"),
-            model=reply.optional_text("model") or "",
-            usage=reply.mapping("usage"),
-            memos=None if memos is None else ChatMemos.from_json(memos),
-            raw=reply.raw,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +191,3 @@ def page_of(parse: Callable[[object], T]) -> Callable[[object], Page[T]]:
         return Page(page.each("data", parse), page.optional_text("next_cursor"))
 
     return parse_page
-
-
-def _cube_version(body: object) -> tuple[str, int]:
-    cube = Fields(body, "memos.cubes entry")
-    return cube.text("id"), cube.count("version")

@@ -55,7 +55,7 @@ class Session:
 
     Args:
         timeout_seconds: longest wait for a part of an ordinary reply.
-        chat_timeout_seconds: the same while text is generated.
+        chat_timeout_seconds: the same while text is generated or a document is read.
     Raises:
         ConfigurationError: the address, the key or a timeout cannot be used.
     """
@@ -140,8 +140,11 @@ class Session:
 
     def _request(self, call: Call[T]) -> httpx.Request:
         headers = {**self._headers, **call.headers}
-        content = None
-        if call.body is not None:
+        content = data = files = None
+        if call.upload is not None:
+            data = dict(call.upload.fields)
+            files = {"file": (call.upload.filename, call.upload.content)}
+        elif call.body is not None:
             content = encode_body(call.body)
             headers["Content-Type"] = "application/json"
         # One key for all attempts: the server does the work once and repeats its answer.
@@ -158,6 +161,8 @@ class Session:
             self.base_url.copy_with(raw_path=path),
             headers=headers,
             content=content,
+            data=data,
+            files=files,
             extensions={"timeout": timeout.as_dict()},
         )
 

@@ -11,7 +11,8 @@ import httpx
 from memos_vllm.client.errors import ReplyTimeout, ServerUnreachable, UnexpectedReply, api_error
 from memos_vllm.client.fields import Fields
 from memos_vllm.client.flow import Awaited, Blocking
-from memos_vllm.client.objects import ChatMemos, Json
+from memos_vllm.client.objects import Json
+from memos_vllm.client.replies import ChatMemos
 from memos_vllm.client.steps import Flow
 from memos_vllm.client.wire import error_fields
 from memos_vllm.errors import MemosError

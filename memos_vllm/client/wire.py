@@ -19,13 +19,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Upload:
+    """A file as a multipart form, and the form's other fields."""
+
+    filename: str
+    content: bytes
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
     """One request to the API and the type of its answer.
 
     Args:
         parse: turns the decoded JSON body (None for an empty one) into the result.
         repeatable: sending it twice does no harm, so it may be retried.
-        slow: it generates text, so the longer timeout applies.
+        slow: it generates text or reads a document, so the longer timeout applies.
+        upload: sent in place of a JSON body.
         accept: error statuses whose body is an answer all the same.
     """
 
@@ -34,6 +44,7 @@ class Call(Generic[T]):
     parse: Callable[[Any], T]
     query: Mapping[str, str | int | None] = field(default_factory=dict)
     body: Mapping[str, object] | None = None
+    upload: Upload | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
     slow: bool = False

@@ -75,6 +75,45 @@ def job_json(state: str, **changes: object) -> dict[str, object]:
     }
 
 
+def hit_json(memory_id: str = "mem_1", **changes: object) -> dict[str, object]:
+    return {
+        "memory": memory_json(memory_id),
+        "score": 0.81,
+        "scores": {"dense": 0.74, "sparse": 0.9, "graph": 0.0},
+        "via": None,
+        **changes,
+    }
+
+
+HOP_JSON = {
+    "origin": "mem_1",
+    "kind": "mentions",
+    "forward": False,
+    "weight": 0.5,
+    "detail": "acme",
+}
+
+
+def document_json(uri: str = "handbook.md", **changes: object) -> dict[str, object]:
+    """The whole reply: the chunks as a list, and the document beside it."""
+    document = {
+        "id": "mem_doc",
+        "object": "document",
+        "outcome": "added",
+        "title": "Handbook",
+        "uri": uri,
+        "media_type": "text/markdown",
+        "digest": "9f" * 32,
+        "chunks": 2,
+        "added": 2,
+        "changed": 0,
+        "archived": 0,
+        "notes": [],
+        **changes,
+    }
+    return {**list_json(memory_json("mem_1"), memory_json("mem_2")), "document": document}
+
+
 MEMOS_JSON = {
     "cubes": [{"id": "acme", "version": 3}],
     "activation": {"tokens": 640, "cached_tokens": 512, "source": "resident"},
@@ -83,7 +122,18 @@ MEMOS_JSON = {
 }
 
 
-def chat_json(text: str = "Five days.") -> dict[str, object]:
+RECALLED_JSON = {
+    **MEMOS_JSON,
+    "retrieved": [
+        {"id": "mem_1", "score": 0.8, "number": 3, "tokens": 40, "source": "Handbook, page 7"},
+        {"id": "mem_2", "score": 0.5, "number": 4, "tokens": 9, "source": None},
+    ],
+    "remembered": {"memory_ids": ["mem_8", "mem_9"], "job": "job_1"},
+    "warnings": ["the index is behind"],
+}
+
+
+def chat_json(text: str = "Five days.", *, memos: object = MEMOS_JSON) -> dict[str, object]:
     return {
         "object": "chat.completion",
         "model": "small",
@@ -95,7 +145,7 @@ def chat_json(text: str = "Five days.") -> dict[str, object]:
             }
         ],
         "usage": {"total_tokens": 9},
-        "memos": MEMOS_JSON,
+        "memos": memos,
     }
 
 

@@ -82,6 +82,8 @@ def test_an_error_is_one_sentence_on_stderr_and_exit_1(run: Run) -> None:
         ["memory", "update", "acme", "mem_1", "--text", "a", "--file", "b"],
         ["memory", "list", "acme", "--limit", "0"],
         ["chat", "acme", " "],
+        ["memory", "search", "acme", " "],
+        ["memory", "add-turns", "acme"],
     ],
 )
 def test_misuse_exits_2_before_anything_is_sent(run: Run, arguments: list[str]) -> None:
@@ -109,14 +111,26 @@ def test_memories_come_from_texts_files_folders_and_stdin(run: Run, tmp_path: Pa
     assert len(run("memory", "list", "acme", "--limit", "2").stdout.splitlines()) == 2
 
 
-def test_nothing_is_added_when_one_file_is_bad(run: Run, tmp_path: Path) -> None:
+def test_no_text_is_added_when_one_is_bad(run: Run, tmp_path: Path) -> None:
     run("cube", "create", "acme")
     good, bad = tmp_path / "good.md", tmp_path / "bad.md"
     good.write_text("good")
     bad.write_bytes(b"\xff")
-    result = run("memory", "add", "acme", str(good), str(bad), code=1)
+    result = run("memory", "add", "acme", str(good), str(bad), "--split", "none", code=1)
     assert f"{bad} is not UTF-8" in result.stderr
     assert run("memory", "list", "acme").stdout == ""
+
+
+def test_one_bad_document_keeps_no_other_back(run: Run, tmp_path: Path) -> None:
+    run("cube", "create", "acme")
+    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
+    good.write_text("good")
+    bad.write_bytes(b"\xff")
+    result = run("memory", "add", "acme", str(bad), str(good), code=1)
+    assert f"error: {bad.as_posix()}: byte 0 of the file" in result.stderr
+    assert "1 of 2 files were not added" in result.stderr
+    assert result.stdout.endswith(f" added {good.as_posix()}: 1 chunk\n")
+    assert "good" in run("memory", "list", "acme").stdout
 
 
 def test_many_memories_go_in_batches_with_a_line_of_progress_each(run: Run, tmp_path: Path) -> None:
@@ -229,7 +243,10 @@ def test_the_audit_log_is_shown_newest_last_and_verified(run: Run) -> None:
     assert json.loads(run("audit", "verify", "--json").stdout)["ok"] is True
 
 
-def test_every_command_with_json_prints_one_json_document(run: Run) -> None:
+def test_every_command_with_json_prints_one_json_document(run: Run, tmp_path: Path) -> None:
+    document, talk = tmp_path / "a.md", tmp_path / "talk.json"
+    document.write_text("# A\none\n")
+    talk.write_text('[{"role": "user", "content": "Hello"}]')
     json.loads(run("cube", "create", "acme", "--json").stdout)
     memory = json.loads(run("memory", "add", "acme", "One.", "--json").stdout)["data"][0]["id"]
     for command in (
@@ -238,12 +255,15 @@ def test_every_command_with_json_prints_one_json_document(run: Run) -> None:
         ["cube", "stats", "acme"],
         ["cube", "promote", "acme", memory],
         ["cube", "demote", "acme", memory],
+        ["cube", "reindex", "acme"],
         ["memory", "list", "acme"],
         ["memory", "show", "acme", memory],
         ["memory", "update", "acme", memory, "--text", "Two."],
         ["memory", "archive", "acme", memory],
         ["memory", "restore", "acme", memory],
         ["memory", "history", "acme", memory],
+        ["memory", "add", "acme", str(document)],
+        ["memory", "add-turns", "acme", str(talk)],
         ["audit", "tail", "acme"],
         ["audit", "verify"],
         ["memory", "erase", "acme", memory],

@@ -7,13 +7,16 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import client_fakes as fakes
 import pytest
+from client_fakes import Script, reply
 from typer.testing import CliRunner
 
-from memos_vllm.cli import doctor
+from memos_vllm.cli import doctor, doctor_search
 from memos_vllm.cli.doctor import Level
 from memos_vllm.cli.main import app
 from memos_vllm.config import ClientSettings
+from memos_vllm.models.prepare import KNOWN_EMBEDDERS
 
 # Nothing listens on the discard port.
 NOWHERE = "http://127.0.0.1:9"
@@ -67,6 +70,103 @@ def test_a_torchvision_that_does_not_load_fails_with_the_command_that_mends_it(
 def test_a_missing_triton_is_a_warning() -> None:
     assert doctor.check_triton(None).level is Level.WARN
     assert doctor.check_triton("3.9.0").level is Level.OK
+
+
+DEFAULT = "minilm-l6-v2-int8"
+
+
+def test_the_default_embedder_passes_when_it_is_prepared_or_can_be_from_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_search, "import_problem", lambda module: None)
+    monkeypatch.setattr("memos_vllm.models.packaged.is_prepared", lambda folder, model: True)
+    prepared = doctor_search.check_embedder(DEFAULT, tmp_path)
+    assert (prepared.level, prepared.message) == (Level.OK, f"{DEFAULT} in {tmp_path / DEFAULT}")
+    monkeypatch.setattr("memos_vllm.models.packaged.is_prepared", lambda folder, model: False)
+    versions = {source.distribution: source.version for source in KNOWN_EMBEDDERS[DEFAULT].sources}
+    monkeypatch.setattr(doctor_search, "installed", versions.get)
+    later = doctor_search.check_embedder(DEFAULT, tmp_path)
+    assert (later.level, "at its first start" in later.message) == (Level.OK, True)
+    name, _ = versions.popitem()
+    versions[name] = "0.0"
+    fetched = doctor_search.check_embedder(DEFAULT, tmp_path)
+    assert fetched.level is Level.WARN
+    assert f"memos-vllm models prepare {DEFAULT}" in fetched.message
+    assert "MB" in fetched.message
+
+
+@pytest.mark.parametrize(
+    ("module", "spec", "command"),
+    [
+        ("onnxruntime", DEFAULT, "pip install onnxruntime"),
+        ("tokenizers", DEFAULT, "pip install tokenizers"),
+        ("fastembed", "fastembed:x", "pip install fastembed"),
+        ("sentence_transformers", "sentence-transformers:x", "pip install sentence-transformers"),
+    ],
+)
+def test_a_part_of_an_embedder_that_does_not_load_fails_with_the_command_that_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, spec: str, command: str
+) -> None:
+    for name in ("onnxruntime", "tokenizers", "fastembed", "sentence_transformers"):
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / f"{module}.py").write_text("raise ImportError('libgomp.so.1 is missing')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    finding = doctor_search.check_embedder(spec, tmp_path)
+    assert finding.level is Level.FAIL
+    assert f"{module} does not load (ImportError: libgomp.so.1 is missing)" in finding.message
+    assert finding.message.endswith(command)
+    (tmp_path / f"{module}.py").write_text("")
+    assert doctor_search.check_embedder(spec, tmp_path).level is not Level.FAIL
+
+
+@pytest.mark.parametrize(
+    ("spec", "level", "says"),
+    [
+        ("none", Level.OK, "by their words only"),
+        ("openai:bge@http://me:secret@host/v1", Level.OK, "openai:bge"),
+        ("openai:", Level.FAIL, "MEMOS_EMBEDDER is 'openai:'"),
+        ("bert", Level.FAIL, "must be minilm-l6-v2-int8"),
+    ],
+)
+def test_other_embedders_are_named_and_unknown_ones_fail(
+    tmp_path: Path, spec: str, level: Level, says: str
+) -> None:
+    finding = doctor_search.check_embedder(spec, tmp_path)
+    assert finding.level is level
+    assert says in finding.message
+    assert "secret" not in finding.message
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "package"),
+    [
+        (None, "qdrant_edge", "qdrant-edge-py"),
+        ("http://me:secret@host:6333", "qdrant_client", "qdrant-client"),
+    ],
+)
+def test_the_index_needs_the_package_of_where_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str | None, module: str, package: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / f"{module}.py").write_text("")
+    finding = doctor_search.check_index(url)
+    assert finding.level is Level.OK
+    assert "secret" not in finding.message
+    (tmp_path / f"{module}.py").write_text("import nothing_of_that_name")
+    finding = doctor_search.check_index(url)
+    assert finding.level is Level.FAIL
+    assert finding.message.endswith(f"pip install {package}")
+
+
+def test_a_server_without_search_is_a_warning_that_names_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = {"catalog": "ready", "plaintext": "the index is down"}
+    script = Script(reply(200, {"status": "degraded", "parts": parts}))
+    monkeypatch.setattr("memos_vllm.client.MOS", lambda url, key, **options: fakes.client(script))
+    finding = doctor.check_server(fakes.URL, None)
+    assert finding.level is Level.WARN
+    assert "plaintext the index is down" in finding.message
 
 
 def test_a_data_folder_passes_when_it_is_there_or_can_be_made(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_help_imports_nothing_heavy() -> None:
         "sys.argv = ['memos-vllm', '--help']\n"
         "try: main()\n"
         "except SystemExit as error: assert error.code == 0\n"
-        "heavy = {'torch', 'vllm', 'ray', 'numpy', 'httpx', 'pydantic', 'sqlalchemy', 'fastapi'}\n"
+        "heavy = {'torch', 'vllm', 'ray', 'numpy', 'httpx', 'pydantic', 'sqlalchemy', 'fastapi',"
+        " 'qdrant_client', 'qdrant_edge', 'onnxruntime', 'tokenizers', 'pypdf', 'docx'}\n"
         "print('loaded:', sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run(
@@ -75,7 +76,8 @@ def test_help_imports_nothing_heavy() -> None:
 def test_importing_the_client_imports_neither_torch_nor_vllm() -> None:
     code = (
         "import sys, memos_vllm; memos_vllm.MOS; "
-        "print(sorted({'torch', 'vllm', 'ray', 'sqlalchemy', 'fastapi'} & set(sys.modules)))"
+        "heavy = {'torch', 'vllm', 'ray', 'sqlalchemy', 'fastapi', 'numpy', 'qdrant_client'}; "
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -223,6 +225,34 @@ def test_chat_on_a_terminal_is_a_conversation_until_ctrl_d(live: LiveServer) -> 
     roles = [message["role"] for message in live.chats[1]["messages"]]
     assert roles == ["user", "assistant", "user"]
     assert live.chats[1]["messages"][1]["content"] == "Refunds take five working days."
+
+
+def test_turns_of_a_conversation_are_remembered_in_one_session(live: LiveServer) -> None:
+    terminal = Terminal("chat", "acme", "--remember", "fast", live=live)
+    terminal.read_until("> ")
+    for count in (1, 2):
+        terminal.type("How long?\n")
+        while len(live.chats) < count:
+            time.sleep(0.01)
+    terminal.type("\x04")
+    assert terminal.end() == 0
+    first, second = (chat["memos"] for chat in live.chats)
+    assert first["remember"] == {"mode": "fast"}
+    assert first["session_id"] == second["session_id"] != ""
+
+
+def test_documents_on_a_terminal_show_a_bar_and_leave_a_line_each(
+    live: LiveServer, tmp_path: Path
+) -> None:
+    for name in ("a.md", "b.txt"):
+        (tmp_path / name).write_text("text")
+    terminal = Terminal(
+        "memory", "add", "acme", str(tmp_path / "a.md"), str(tmp_path / "b.txt"), live=live
+    )
+    assert terminal.end() == 0
+    lines = terminal.shown.splitlines()
+    assert lines[-2].endswith("a.md: 1 chunk")
+    assert lines[-1].endswith("b.txt: 1 chunk")
 
 
 def test_a_terminal_is_asked_before_a_cube_is_deleted(live: LiveServer) -> None:

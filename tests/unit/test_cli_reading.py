@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 
 from memos_vllm.cli.reading import (
     MAX_TEXT_BYTES,
+    BlankFile,
+    DocumentFile,
     InputError,
     Split,
-    read_pieces,
+    read_items,
+    read_messages,
     split_at_headings,
 )
 
@@ -40,8 +44,15 @@ Leeds.
 def read(
     *items: str | Path, texts: tuple[str, ...] = (), split: Split = Split.NONE
 ) -> list[tuple[str, dict[str, str]]]:
-    pieces = read_pieces([str(item) for item in items], texts=texts, split=split)
+    pieces, documents = read_items([str(item) for item in items], texts=texts, split=split)
+    assert documents == []
     return [(piece.text, piece.source) for piece in pieces]
+
+
+def documents_of(*items: str | Path) -> list[str]:
+    pieces, documents = read_items([str(item) for item in items], texts=(), split=Split.AUTO)
+    assert pieces == []
+    return [document.uri for document in documents]
 
 
 def test_sections_carry_the_headings_that_lead_to_them() -> None:
@@ -159,6 +170,98 @@ def test_an_unreadable_path_is_an_error_and_no_traceback(tmp_path: Path) -> None
     dangling.symlink_to(tmp_path / "gone.md")
     with pytest.raises(InputError, match="cannot read"):
         read(dangling)
+
+
+DOCUMENTS = ("a.pdf", "b.DOCX", "c.html", "d.htm", "e.md", "f.markdown", "g.txt")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_file_that_the_server_can_cut_is_a_document(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / name).write_bytes(b"\xff\x00 not read yet")
+    monkeypatch.chdir(tmp_path)
+    assert documents_of(f"./docs/{name}") == [f"docs/{name}"]
+
+
+def test_other_files_texts_and_stdin_stay_one_memory_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "notes.rst"
+    file.write_text("# a\none\n# b\ntwo\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"# c\nthree\n# d\nfour\n")))
+    texts = [text for text, _ in read(file, "a text", "-", split=Split.AUTO)]
+    assert texts == ["# a\none\n# b\ntwo\n", "a text", "# c\nthree\n# d\nfour\n"]
+
+
+def test_a_folder_gives_every_document_in_it_and_nothing_hidden(tmp_path: Path) -> None:
+    for name in (*DOCUMENTS, "sub/z.md", "y.png", ".git/x.md", ".hidden.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    expected = [(tmp_path / name).as_posix() for name in (*DOCUMENTS, "sub/z.md")]
+    assert documents_of(tmp_path) == expected
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"holds no \.pdf, \.docx, .* or \.txt file"):
+        documents_of(tmp_path / "empty")
+
+
+def test_a_document_is_read_when_it_is_its_turn_and_blank_ones_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xfftext")
+    assert DocumentFile(file).read() == b"\xfftext"
+    file.write_bytes(b" \n")
+    with pytest.raises(BlankFile, match=r"a\.txt is blank"):
+        DocumentFile(file).read()
+    with pytest.raises(InputError, match="cannot read"):
+        DocumentFile(tmp_path / "gone.txt").read()
+    with file.open("wb") as sparse:
+        sparse.truncate((32 << 20) + 1)
+    with pytest.raises(InputError, match=r"is over 32\.0 MiB"):
+        DocumentFile(file).read()
+
+
+@pytest.mark.parametrize("split", [Split.NONE, Split.HEADINGS])
+def test_a_pdf_is_not_read_as_a_text(tmp_path: Path, split: Split) -> None:
+    file = tmp_path / "a.pdf"
+    file.write_text("%PDF-1.7")
+    with pytest.raises(InputError, match="--split auto"):
+        read(file, split=split)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"role": "user", "content": "a\u2028b"},\n {"role": "assistant", "content": "c"}]',
+        '{"role": "user", "content": "a\u2028b"}\r\n\n{"role": "assistant", "content": "c"}\n',
+    ],
+)
+def test_messages_are_a_json_list_or_one_object_a_line(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "talk.json"
+    file.write_bytes(content.encode())
+    assert [message["content"] for message in read_messages(str(file))] == ["a\u2028b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (" \n", "is blank"),
+        ('[{"role": ', "is not JSON"),
+        ("[1]", "message 1 of .* is not an object"),
+        ('{"role": "user"}\nhello', "line 2 of .* is not JSON"),
+        ('{"role": "user"}\n"hello"', "line 2 of .* is not an object"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_what_is_no_list_of_messages_is_named_with_its_line(
+    tmp_path: Path, content: str, says: str
+) -> None:
+    file = tmp_path / "talk.jsonl"
+    file.write_text(content)
+    with pytest.raises(InputError, match=says):
+        read_messages(str(file))
 
 
 def test_an_argument_of_undecodable_bytes_is_refused() -> None:

@@ -361,6 +361,14 @@ def test_health_reads_a_503_as_an_answer(connect: Connect) -> None:
     assert connect(Script(reply(200))).health().ready
 
 
+def test_a_server_without_search_is_ready_and_degraded(connect: Connect) -> None:
+    parts = {"catalog": "ready", "engine": "ready", "plaintext": "the index is down"}
+    health = connect(Script(reply(200, {"status": "degraded", "parts": parts}))).health()
+    assert (health.ready, health.degraded) == (True, True)
+    assert health.parts["plaintext"] == "the index is down"
+    assert not connect(Script(reply(200))).health().degraded
+
+
 def test_ids_are_quoted_so_that_they_cannot_name_another_route(connect: Connect) -> None:
     script = Script(*[reply(404, fakes.error_json("no"))] * 2)
     mos = connect(script)

@@ -95,6 +95,65 @@ def test_memory_switches_travel_in_the_memos_object_and_options_beside_it(
     assert (body["temperature"], body["max_tokens"]) == (0, 5)
 
 
+@pytest.mark.parametrize(
+    ("remember", "sent"),
+    [(True, True), ("fast", {"mode": "fast"}), ("fine", {"mode": "fine"}), (False, None)],
+)
+def test_remember_and_the_session_travel_in_the_memos_object(
+    connect: Connect, remember: object, sent: object
+) -> None:
+    script = Script(reply(200, fakes.chat_json()), reply(200, fakes.sse(stop(), FINAL)))
+    cube = connect(script).cube("acme")
+    cube.chat("Hi", model="m", remember=remember, session_id="s1")
+    expected = {"session_id": "s1"} | ({} if sent is None else {"remember": sent})
+    assert script.body()["memos"] == expected
+    list(cube.chat_stream("Hi", model="m", remember=remember, session_id="s1"))
+    assert script.body()["memos"] == expected
+
+
+def test_retrieve_is_left_to_the_server_unless_it_is_refused_or_described(
+    connect: Connect,
+) -> None:
+    script = Script(*[reply(200, fakes.chat_json()) for _ in range(3)])
+    cube = connect(script).cube("acme")
+    for retrieve in (None, True, False):
+        cube.chat("Hi", model="m", retrieve=retrieve)
+    sent = [script.body(index).get("memos") for index in range(3)]
+    assert sent == [None, None, {"retrieve": False}]
+
+
+def test_a_reply_says_what_was_retrieved_and_remembered_and_what_went_wrong(
+    connect: Connect,
+) -> None:
+    final = {**FINAL, "memos": fakes.RECALLED_JSON}
+    script = Script(
+        reply(200, fakes.chat_json(memos=fakes.RECALLED_JSON)), reply(200, fakes.sse(final))
+    )
+    mos = connect(script)
+    whole = mos.chat("Hi", model="m").memos
+    stream = mos.chat_stream("Hi", model="m")
+    assert list(stream) == []
+    for memos in (whole, stream.memos):
+        first, second = memos.retrieved
+        assert (first.id, first.score, first.number) == ("mem_1", 0.8, 3)
+        assert (first.tokens, first.source, second.source) == (40, "Handbook, page 7", None)
+        assert memos.remembered.memory_ids == ("mem_8", "mem_9")
+        assert memos.remembered.job == "job_1"
+        assert memos.warnings == ("the index is behind",)
+
+
+def test_a_server_that_says_less_of_memory_is_understood(connect: Connect) -> None:
+    older = {"cubes": [], "activation": {}, "retrieved": [{"id": "mem_1", "score": 0.5}]}
+    script = Script(
+        reply(200, fakes.chat_json(memos=older)), reply(200, fakes.chat_json(memos=None))
+    )
+    mos = connect(script)
+    memos = mos.chat("Hi", model="m").memos
+    assert (memos.retrieved[0].number, memos.retrieved[0].source) == (None, None)
+    assert (memos.remembered, memos.warnings) == (None, ())
+    assert mos.chat("Hi", model="m").memos is None
+
+
 @pytest.mark.parametrize("field", ["stream", "messages", "memcube_id", "memos"])
 def test_options_may_not_replace_an_argument(connect: Connect, field: str) -> None:
     with pytest.raises(InvalidRequest, match=field):
