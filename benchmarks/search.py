@@ -37,8 +37,25 @@ from memos_vllm.plaintext.store import PlaintextStore
 
 SPEAKERS = ("Ada", "Ben", "Chloe", "Dev", "Elif", "Femi")
 TURNS_A_CALL = 500
-# About as many words as a language learner knows, used as unevenly as words are.
-VOCABULARY = 8000
+VOCABULARY = 4000
+WORDS = (
+    "time year people way day man thing woman life child world school family student group "
+    "country problem hand part place case week company system program question work number "
+    "night point home water room mother area money story fact month lot right study book eye "
+    "job word business issue side kind head house service friend father power hour game line "
+    "end member law car city name team minute idea kid body information back parent face others "
+    "level office door health person art war history party result change morning reason "
+    "research girl guy moment air teacher force education foot boy age policy music market "
+    "sense nation plan college interest death experience effect use class control field "
+    "development role effort rate heart drug show leader light voice wife police mind price "
+    "decision son view relationship town road arm difference value building action season "
+    "society tax player record paper space ground form event matter center couple site project "
+    "star table need court oil situation cost industry figure street image phone data picture "
+    "practice piece land product doctor wall worker news test movie north love support "
+    "technology garden kitchen bicycle train ticket letter window summer winter dinner river "
+    "bridge mountain holiday painting guitar puppy wedding birthday museum library hospital "
+    "concert marathon recipe"
+).split()
 
 
 @dataclass(frozen=True)
@@ -77,23 +94,28 @@ class RandomVectors:
 
 
 class Speech:
-    """Made-up sentences over words of which a few are common and most are rare."""
+    """Made-up sentences: plain words, and now and then a name that few others hold."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        syllables = [
-            a + b for a in "bcdfghklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "or")
+        starts = [a + b for a in "bdfgklmnprstv" for b in ("a", "e", "i", "o", "u")]
+        ends = ("ner", "ton", "lek", "vin", "mar", "dal", "rik", "sey")
+        self._names = [
+            (self._random.choice(starts) + self._random.choice(starts) + end).capitalize()
+            for end in ends
+            for _ in range(VOCABULARY // len(ends))
         ]
-        self._words = ["".join(self._random.choices(syllables, k=3)) for _ in range(VOCABULARY)]
-        self._weights = [1.0 / (rank + 10) for rank in range(VOCABULARY)]
+        self._weights = [1.0 / (rank + 10) for rank in range(len(WORDS))]
 
     def sentence(self, words: int) -> str:
-        said = self._random.choices(self._words, self._weights, k=words)
-        return " ".join(said).capitalize() + "."
+        said = self._random.choices(WORDS, self._weights, k=words)
+        for place in range(3, words, 8):
+            said[place] = self._random.choice(self._names)
+        return " ".join(said)
 
     def turns(self, count: int) -> Iterator[NewTurn]:
         for _ in range(count):
-            text = self.sentence(self._random.randint(10, 20))
+            text = self.sentence(self._random.randint(10, 20)) + "."
             yield NewTurn("user", text, name=self._random.choice(SPEAKERS))
 
 
@@ -112,7 +134,7 @@ def measure(memories: int, *, queries: int, embedded: bool, folder: Path) -> Row
         speech = Speech(1)
         took = []
         for _ in range(queries):
-            question = f"What did {random.choice(SPEAKERS)} say about {speech.sentence(6)}?"
+            question = f"What did {random.choice(SPEAKERS)} say about {speech.sentence(5)}?"
             before = time.perf_counter()
             plaintext.search(LOCAL_ADMIN, ["bench"], SearchQuery(question))
             took.append((time.perf_counter() - before) * 1e3)

@@ -82,11 +82,28 @@ class Catalog:
         Raises:
             Unavailable: the database does not answer.
         """
-        if (joined := self._joined_session()) is not None:
+        if (joined := self._joined_session() or self._snapshot_session()) is not None:
             yield joined
             return
         with _as_unavailable(), Session(self._reader, expire_on_commit=False) as session:
             yield session
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Every `read` of this thread within the block sees the same state of the catalog.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        if self._joined_session() is not None or self._snapshot_session() is not None:
+            yield
+            return
+        with self.read() as session:
+            self._joined.snapshot = session
+            try:
+                yield
+            finally:
+                self._joined.snapshot = None
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -126,6 +143,10 @@ class Catalog:
 
     def _joined_session(self) -> Session | None:
         session: Session | None = getattr(self._joined, "session", None)
+        return session
+
+    def _snapshot_session(self) -> Session | None:
+        session: Session | None = getattr(self._joined, "snapshot", None)
         return session
 
     def scrub(self) -> bool:

@@ -41,7 +41,7 @@ from memos_vllm.domain.memory import (
     NewMemory,
     validate_reason,
 )
-from memos_vllm.domain.revision import Revision, revise
+from memos_vllm.domain.revision import KnownChunk, diff_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +149,8 @@ class DocumentService(Service):
     ) -> _Change:
         old = chunk_rows(session, known.memory_seq)
         # What the actor may not see is known by its digest only: comparing texts would tell of it.
-        plan: Revision = revise(
-            [(chunk.digest, "" if row.seq in hidden else row.text) for chunk, row in old],
+        plan = diff_chunks(
+            [KnownChunk(chunk.digest, "" if row.seq in hidden else row.text) for chunk, row in old],
             upload.document.chunks,
         )
         seqs: dict[int, int] = {}
@@ -158,14 +158,13 @@ class DocumentService(Service):
         relabelled = False
         edited = set(plan.edited)
         for pair in (*plan.kept, *plan.edited):
-            old_index, new_index = pair
-            row = old[old_index][1]
-            seqs[new_index] = row.seq
+            row = old[pair.old][1]
+            seqs[pair.new] = row.seq
             if row.seq in hidden:
                 continue
             # What someone wrote into a chunk stays, as long as the document says the same there.
             patch = upload.patch(
-                upload.pieces[new_index], known=row.attributes, with_text=pair in edited
+                upload.pieces[pair.new], known=row.attributes, with_text=pair in edited
             )
             fields = _change(session, cube, row, patch, by)
             relabelled = relabelled or "labels" in fields

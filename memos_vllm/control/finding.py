@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -87,6 +88,10 @@ class FindingService(Service):
             backlog=left,
         )
 
+    def snapshot(self) -> AbstractContextManager[None]:
+        """Within it, every read of this thread sees the same state of the catalog."""
+        return self._catalog.snapshot()
+
     def links(
         self, scope: Scope, seqs: Sequence[int], *, fan_out: int, max_mentions: int
     ) -> list[Link]:
@@ -101,9 +106,11 @@ class FindingService(Service):
             return []
         with self._catalog.read() as session:
             found = _edges(session, seqs)
-            if max_mentions:
-                found += _mentions(session, scope, seqs, most=max_mentions)
-            seen = _seen(session, scope, {link.target for link in found})
+            shared = _shared(session, seqs, most=max_mentions) if max_mentions else []
+            ends = {link.target for link in found}
+            ends.update(seq for _, sharers in shared for seq in sharers)
+            seen = _seen(session, scope, ends)
+        found += _mentions(shared, seqs, seen)
         return _bounded((link for link in found if link.target in seen), fan_out)
 
     def facts(self, seqs: Sequence[int]) -> Mapping[int, Facts]:
@@ -121,14 +128,12 @@ class FindingService(Service):
         """Which of these words, in lower case, are part of the name of an author in the scope."""
         if not names:
             return set()
-        statement = _one_authored(scope.labels is not None)
+        asked = list(names)
+        entities = {f"entity{place}": AUTHOR_PREFIX + name for place, name in enumerate(asked)}
+        statement = _which_authored(len(asked), scope.labels is not None)
         with self._catalog.read() as session:
-            return {
-                name
-                for name in names
-                if session.scalar(statement, {"entity": AUTHOR_PREFIX + name, **_bound(scope)})
-                is not None
-            }
+            places = session.scalars(statement, {**entities, **_bound(scope)})
+            return {asked[place] for place in places}
 
     def authored(self, scope: Scope, names: Collection[str], seqs: Collection[int]) -> set[int]:
         """Which of `seqs` have an author with one of these names."""
@@ -237,17 +242,25 @@ def _seqs_in_scope(labelled: bool) -> Select[Any]:
 
 
 @cache
-def _one_authored(labelled: bool) -> Select[Any]:
-    """One memory in the scope by an author of this name: there may be as many as memories."""
-    return (
-        select(EntityRow.memory_seq)
-        .join(MemoryRow, MemoryRow.seq == EntityRow.memory_seq)
-        .where(
-            EntityRow.cube_id.in_(_any("cubes")),
-            EntityRow.entity == bindparam("entity"),
-            _in_scope(labelled=labelled),
+def _which_authored(names: int, labelled: bool) -> CompoundSelect[Any]:
+    """The places of those of so many names that some author in the scope has.
+
+    One memory of each is looked for: there may be as many as there are memories.
+    """
+    return union_all(
+        *(
+            select(literal(place)).where(
+                select(EntityRow.memory_seq)
+                .join(MemoryRow, MemoryRow.seq == EntityRow.memory_seq)
+                .where(
+                    EntityRow.cube_id.in_(_any("cubes")),
+                    EntityRow.entity == bindparam(f"entity{place}"),
+                    _in_scope(labelled=labelled),
+                )
+                .exists()
+            )
+            for place in range(names)
         )
-        .limit(1)
     )
 
 
@@ -324,20 +337,26 @@ def _edges(session: Session, seqs: Sequence[int]) -> list[Link]:
     ]
 
 
-def _mentions(session: Session, scope: Scope, seqs: Sequence[int], *, most: int) -> list[Link]:
-    """Memories that mention something rare together with one of `seqs`, closer the rarer it is.
-
-    Only what the caller may see counts as sharing.
-    """
+def _shared(session: Session, seqs: Sequence[int], *, most: int) -> list[tuple[str, list[int]]]:
+    """What some of `seqs` mention, and who else does, where these are 2 to `most` memories."""
     found: list[tuple[str, list[int]]] = []
     for entity, joined in session.execute(_MENTIONS, {"seqs": list(seqs), "most": most}):
         sharers = [int(number) for number in joined.split(",")]
         if 2 <= len(sharers) <= most:
             found.append((entity, sharers))
-    seen = _seen(session, scope, {seq for _, sharers in found for seq in sharers})
+    return found
+
+
+def _mentions(
+    shared: Iterable[tuple[str, list[int]]], seqs: Sequence[int], seen: Collection[int]
+) -> list[Link]:
+    """Memories that mention something rare together with one of `seqs`, closer the rarer it is.
+
+    Only what the caller may see counts as sharing.
+    """
     origins = set(seqs)
     links = []
-    for entity, sharers in found:
+    for entity, sharers in shared:
         visible = [seq for seq in sharers if seq in seen]
         links += [
             Link(origin, target, MENTIONS, 1.0 / (len(visible) - 1), True, detail=entity)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, visible
@@ -64,6 +65,11 @@ def source_from_json(stored: Mapping[str, Any]) -> Source:
     )
 
 
+_USAGE = select(MemoryUsageRow.memory_seq, MemoryUsageRow.hits, MemoryUsageRow.last_used_at).where(
+    MemoryUsageRow.memory_seq.in_(bindparam("seqs", expanding=True))
+)
+
+
 def load_memories(session: Session, cube: OpenCube, rows: Sequence[MemoryRow]) -> list[Memory]:
     """Rows of one cube with edges, lineage and usage, in three queries for all of them.
 
@@ -74,11 +80,7 @@ def load_memories(session: Session, cube: OpenCube, rows: Sequence[MemoryRow]) -
     lineage = _lineage(session, cube, seqs)
     usage = {
         seq: Usage(hits=hits, last_used_at=at)
-        for seq, hits, at in session.execute(
-            select(
-                MemoryUsageRow.memory_seq, MemoryUsageRow.hits, MemoryUsageRow.last_used_at
-            ).where(MemoryUsageRow.memory_seq.in_(seqs))
-        )
+        for seq, hits, at in session.execute(_USAGE, {"seqs": seqs})
     }
     return [
         to_memory(
@@ -115,28 +117,48 @@ def to_memory(row: MemoryRow, *, edges: tuple[Edge, ...], lineage: Lineage, usag
     )
 
 
-def _edges(session: Session, cube: OpenCube, seqs: list[int]) -> dict[int, tuple[Edge, ...]]:
+@cache
+def _all_edges(everything: bool) -> Any:
+    """Edges of some memories; without `everything` to be narrowed to what may be seen."""
     query = (
         select(EdgeRow.memory_seq, EdgeRow.kind, MemoryRow.id, EdgeRow.weight)
         .join(MemoryRow, MemoryRow.seq == EdgeRow.target_seq)
-        .where(EdgeRow.memory_seq.in_(seqs), visible(cube))
+        .where(EdgeRow.memory_seq.in_(bindparam("seqs", expanding=True)))
         .order_by(EdgeRow.memory_seq, EdgeRow.rank)
     )
+    return query.where(MemoryRow.cube_id == bindparam("cube")) if everything else query
+
+
+@cache
+def _all_lineage(everything: bool) -> Any:
+    query = (
+        select(LineageRow.memory_seq, LineageRow.relation, MemoryRow.id)
+        .join(MemoryRow, MemoryRow.seq == LineageRow.target_seq)
+        .where(LineageRow.memory_seq.in_(bindparam("seqs", expanding=True)))
+        .order_by(LineageRow.memory_seq, MemoryRow.seq)
+    )
+    return query.where(MemoryRow.cube_id == bindparam("cube")) if everything else query
+
+
+def _ask(
+    session: Session, cube: OpenCube, statement: Callable[[bool], Any], seqs: list[int]
+) -> Any:
+    """Run a statement on what the actor may see; an owner's is built only once."""
+    if cube.role is Role.OWNER:
+        return session.execute(statement(True), {"seqs": seqs, "cube": cube.row.id})
+    return session.execute(statement(False).where(visible(cube)), {"seqs": seqs})
+
+
+def _edges(session: Session, cube: OpenCube, seqs: list[int]) -> dict[int, tuple[Edge, ...]]:
     found: dict[int, list[Edge]] = defaultdict(list)
-    for seq, kind, target, weight in session.execute(query):
+    for seq, kind, target, weight in _ask(session, cube, _all_edges, seqs):
         found[seq].append(Edge(kind, MemoryId(target), weight))
     return {seq: tuple(edges) for seq, edges in found.items()}
 
 
 def _lineage(session: Session, cube: OpenCube, seqs: list[int]) -> dict[int, Lineage]:
-    query = (
-        select(LineageRow.memory_seq, LineageRow.relation, MemoryRow.id)
-        .join(MemoryRow, MemoryRow.seq == LineageRow.target_seq)
-        .where(LineageRow.memory_seq.in_(seqs), visible(cube))
-        .order_by(LineageRow.memory_seq, MemoryRow.seq)
-    )
     found: dict[int, dict[Relation, list[MemoryId]]] = defaultdict(lambda: defaultdict(list))
-    for seq, relation, target in session.execute(query):
+    for seq, relation, target in _ask(session, cube, _all_lineage, seqs):
         found[seq][relation].append(MemoryId(target))
     return {
         seq: Lineage(

@@ -84,7 +84,7 @@ class IndexedCatalog(Protocol):
 class Follower:
     """One collection that follows the catalog, and the embedder that fills it.
 
-    One thread calls `step`, `save` and `close`; any may read, and searches within `in_use`.
+    One thread calls `step` and `save`; any may read, and searches within `in_use`.
 
     Args:
         clock: seconds that only grow.
@@ -119,7 +119,7 @@ class Follower:
         self._walked_twice = False
         self._embedder_failures = 0
         self._searches = 0
-        self._closed = False
+        self._retired = False
         self._changed = threading.Condition()
 
     @property
@@ -160,9 +160,9 @@ class Follower:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """While a search asks the index and the embedder; raises Unavailable once closed."""
+        """While a search asks the index and the embedder; raises Unavailable once retired."""
         with self._changed:
-            if self._closed:
+            if self._retired:
                 raise Unavailable(f"the index '{self.name}' is closed")
             self._searches += 1
         try:
@@ -172,15 +172,14 @@ class Follower:
                 self._searches -= 1
                 self._changed.notify_all()
 
-    def close(self, *, patience_seconds: float) -> None:
-        """Close the index, once the searches under way have ended or the patience has.
+    def retire(self, *, patience_seconds: float) -> None:
+        """Refuse searches from now on, and wait for those under way, or until patience ends.
 
-        The embedder stays open.
+        Index and embedder stay open: they are the owner's.
         """
         with self._changed:
-            self._closed = True
+            self._retired = True
             self._changed.wait_for(lambda: self._searches == 0, patience_seconds)
-        self.index.close()
 
     def _start(self, *, anew: bool) -> IndexProgress:
         return self._catalog.start_index(

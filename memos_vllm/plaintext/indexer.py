@@ -233,7 +233,9 @@ class Collections:
         former, self.serving, self.building = self.serving, self.building, None
         self._tidy = False
         if former is not None:
-            self._close_follower(former)
+            former.retire(patience_seconds=_PATIENCE_SECONDS)
+            former.embedder.close()
+            former.index.close()
 
     def _remove_unused(self) -> None:
         """Remove other collections. A failure is tried again later, and holds up nothing."""
@@ -260,20 +262,14 @@ class Collections:
         store, self._store = self._store, None
         self.serving = self.building = None
         for follower in followers:
-            self._close_follower(follower)
-        try:
-            if store is not None:
+            follower.retire(patience_seconds=_PATIENCE_SECONDS)
+            if follower.embedder is not self._embedder:
+                follower.embedder.close()
+        if store is not None:
+            try:
                 store.close()
-        except MemosError as error:
-            logger.warning("memos: the index was not closed in order: %s", error)
-
-    def _close_follower(self, follower: Follower) -> None:
-        try:
-            follower.close(patience_seconds=_PATIENCE_SECONDS)
-        except MemosError as error:
-            logger.warning("memos: '%s' was not closed in order: %s", follower.name, error)
-        if follower.embedder is not self._embedder:
-            follower.embedder.close()
+            except MemosError as error:
+                logger.warning("memos: the index was not closed in order: %s", error)
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
 from memos_vllm.domain.access import Principal
@@ -34,6 +35,7 @@ _READY = "ready"
 class SearchedCatalog(IndexedCatalog, Protocol):
     """The catalog as a search sees it; `memos_vllm.control.finding` says what each does."""
 
+    def snapshot(self) -> AbstractContextManager[None]: ...
     def search_scope(
         self, actor: Principal, cube_ids: Sequence[str], *, index: str | None
     ) -> SearchScope: ...
@@ -166,14 +168,16 @@ class PlaintextStore:
     def _rank(self, scope: Scope, query: SearchQuery) -> Sequence[RankedMemory]:
         problem: Unavailable | None = None
         for collection in self._to_ask():
-            retriever = Retriever(
-                embedder=None if collection.embedder.key == WordsOnly.key else collection.embedder,
-                index=collection.index,
-                graph=_ScopedGraph(self._catalog, scope),
-                reranker=self._reranker,
-            )
             try:
-                with collection.in_use():
+                with collection.in_use(), ExitStack() as snapshot:
+                    retriever = Retriever(
+                        embedder=None
+                        if collection.embedder.key == WordsOnly.key
+                        else collection.embedder,
+                        index=collection.index,
+                        graph=_ScopedGraph(self._catalog, scope, snapshot),
+                        reranker=self._reranker,
+                    )
                     return retriever.search(
                         query.text,
                         scope=scope,
@@ -282,13 +286,24 @@ class _Steps:
 
 
 class _ScopedGraph:
-    """The catalog's edges, of what one caller may see."""
+    """The catalog's edges, of what one caller may see.
 
-    def __init__(self, catalog: SearchedCatalog, scope: Scope) -> None:
+    Args:
+        snapshot: holds the state of the catalog that edges and priors are read from. Before and
+            after them another server may be asked, to embed and to rerank, for which no snapshot
+            is kept open: erasing waits for it to be closed.
+    """
+
+    def __init__(self, catalog: SearchedCatalog, scope: Scope, snapshot: ExitStack) -> None:
         self._catalog = catalog
         self._scope = scope
+        self._snapshot = snapshot
+        self._begun = False
 
     def links(self, seqs: Sequence[int], *, fan_out: int, max_mentions: int) -> list[Link]:
+        if not self._begun:
+            self._snapshot.enter_context(self._catalog.snapshot())
+            self._begun = True
         return self._catalog.links(self._scope, seqs, fan_out=fan_out, max_mentions=max_mentions)
 
     def facts(self, seqs: Sequence[int]) -> Mapping[int, Facts]:
@@ -301,6 +316,7 @@ class _ScopedGraph:
         return self._catalog.authored(self._scope, names, seqs)
 
     def texts(self, seqs: Sequence[int]) -> Mapping[int, str]:
+        self._snapshot.close()
         found = self._catalog.load_found(self._scope, seqs)
         return {seq: memory.text for seq, memory in found.items()}
 

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, KEY, Desk, open_desk
-from hypothesis import given
-from hypothesis import strategies as st
 
 from memos_vllm.domain.document import DocumentOutcome, NewChunk, NewDocument, StoredDocument
 from memos_vllm.domain.memory import MemoryPatch, MemoryState
-from memos_vllm.domain.revision import revise
 from memos_vllm.errors import InvalidRequest, NotFound
 
 FIRST = "Refunds take five working days after the parcel has arrived."
@@ -154,23 +151,3 @@ def test_a_document_without_text_or_with_a_bad_name_is_refused(desk: Desk) -> No
     with pytest.raises(NotFound):
         desk.mos.put_document(ADMIN, "nowhere", document(FIRST), uri="a")
     assert desk.mos.get_cube(ADMIN, "c").memories.active == 0
-
-
-WORDS = st.sampled_from([FIRST, SECOND, THIRD, FIRST.replace("five", "six"), "x", "y z"])
-
-
-@given(st.lists(WORDS, max_size=8), st.lists(WORDS, max_size=8))
-def test_every_chunk_has_exactly_one_fate(old: list[str], new: list[str]) -> None:
-    plan = revise([(digest(text), text) for text in old], [chunk(text) for text in new])
-    pairs = (*plan.kept, *plan.edited)
-    assert sorted([*(pair[0] for pair in pairs), *plan.gone]) == list(range(len(old)))
-    assert sorted([*(pair[1] for pair in pairs), *plan.added]) == list(range(len(new)))
-    assert all(old[before] == new[after] for before, after in plan.kept)
-    if old == new:
-        assert len(plan.kept) == len(old)
-
-
-def test_thousands_of_equal_chunks_are_compared_in_linear_time() -> None:
-    same = [(digest("x"), "x")] * 20_000
-    plan = revise(same, [chunk("x")] * 20_001)
-    assert (len(plan.kept), len(plan.added)) == (20_000, 1)

@@ -32,7 +32,7 @@ from memos_vllm.domain.filters import HasTag
 from memos_vllm.domain.ids import CubeId
 from memos_vllm.errors import ConfigurationError, Unavailable
 from memos_vllm.plaintext.index import edge_collection, edge_folder, qdrant_edge
-from memos_vllm.plaintext.index.base import IndexQuery
+from memos_vllm.plaintext.index.base import IndexPoint, IndexQuery
 from memos_vllm.plaintext.index.edge_host import EdgeHost
 from memos_vllm.plaintext.index.qdrant_edge import EdgeStore
 
@@ -437,20 +437,45 @@ def reopened_versions(host: EdgeHost) -> int:
     return host.open("a", dim=DIM).count()
 
 
-def test_a_collection_is_optimised_once_a_third_has_changed(
+def test_a_collection_with_a_large_cube_is_optimised_once_a_third_has_changed(
+    host: EdgeHost, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge_collection, "FULL_SCAN_POINTS", 50)
+    index = host.open("a", dim=DIM)
+
+    def optimised_by(points: list[IndexPoint]) -> bool:
+        before = current(folder)
+        index.upsert(points)
+        index.flush()
+        wait_until_optimised(index)
+        return current(folder) != before
+
+    assert not optimised_by([point(CUBE, seq=seq) for seq in range(1, 51)])
+    # It is looked at again a quarter of 50 later.
+    assert not optimised_by([point(CUBE, seq=51)])
+    assert optimised_by([point(CUBE, seq=seq) for seq in range(52, 301)])
+    assert not optimised_by([point(CUBE, seq=seq) for seq in range(301, 350)])
+    assert index.count() == 349
+    assert optimised_by([point(CUBE, seq=seq) for seq in range(350, 600)])
+
+
+def test_small_cubes_are_not_optimised_until_most_of_the_disk_is_stale(
     host: EdgeHost, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(edge_collection, "FULL_SCAN_POINTS", 50)
     index = host.open("a", dim=DIM)
     before = current(folder)
-    index.upsert([point(CUBE, seq=seq) for seq in range(1, 50)])
-    index.flush()
-    assert not index.optimizing()
-    index.upsert([point(CUBE, seq=50)])
+    points = [point(CubeId(f"small-{seq % 9}"), seq=seq) for seq in range(1, 100)]
+    for _ in range(2):
+        index.upsert(points)
+        index.flush()
+        assert not index.optimizing()
+    assert current(folder) == before
+    index.upsert(points)
     index.flush()
     wait_until_optimised(index)
     assert current(folder) != before
-    assert index.count() == 50
+    assert index.count() == 99
 
 
 def test_an_optimiser_that_fails_leaves_the_collection_as_it_was(

@@ -4,7 +4,6 @@
                                             └ worker: sandbox, then one read_* module
     blocks (headings, paragraphs, rows, code) ◄┘  over a pipe, as JSON
        └ chunking: packed to a token budget, restarted at headings ─ Document
-                                                                       └ revision: what changed
 
 `pipeline.ingest_document` is the way in. This file imports nothing, because the worker pays for
 every import anew.

@@ -60,6 +60,8 @@ _DROPPED = frozenset(
 _SURROUNDING_ROLES = frozenset(
     ("navigation", "banner", "contentinfo", "search", "menu", "menubar", "dialog", "alertdialog")
 )
+# Headers and footers inside these belong to the text.
+_PARTS = frozenset({"article", "main", "section", "blockquote"})
 _HIDING_STYLE = re.compile(
     r"display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse)"
     r"|(?:font-size|opacity)\s*:\s*0+(?:\.0+)?(?![.\d])",
@@ -217,7 +219,6 @@ def _read_tree(root: LexborNode, *, is_page: bool) -> list[Block]:
     """Walk without recursion: depth is the document's to choose."""
     flow = Flow()
     stack: list[tuple[LexborNode, bool]] = [(root, False)]
-    # Headers and footers inside these belong to the text.
     parts_open = 0
     while stack:
         node, leaving = stack.pop()
@@ -236,9 +237,6 @@ def _read_tree(root: LexborNode, *, is_page: bool) -> list[Block]:
                 stack.extend(reversed([(child, False) for child in _children(node)]))
     flow.flush()
     return flow.blocks
-
-
-_PARTS = frozenset({"article", "main", "section", "blockquote"})
 
 
 def _children(node: LexborNode) -> Iterator[LexborNode]:

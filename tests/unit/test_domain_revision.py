@@ -1,4 +1,4 @@
-"""What is kept, edited, added and gone when a document is sent again; and long turns."""
+"""What is kept, edited, added and gone when a document is sent again."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_samples import paragraph
 
+from memos_vllm.domain.revision import Pair, Revision, diff_chunks
 from memos_vllm.plaintext.ingest.chunking import digest_text
-from memos_vllm.plaintext.ingest.revision import Pair, Revision, diff_chunks
-from memos_vllm.plaintext.ingest.turns import split_turn
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,14 @@ def test_one_good_match_is_worth_more_than_two_bad_ones() -> None:
     assert diff(old, new).edited == (Pair(1, 0),)
 
 
+def test_a_chunk_that_was_split_is_edited_once() -> None:
+    moved, first, split, last = sample(4)
+    new = [first, split + " One.", moved, split + " Two.", last]
+    revision = diff([moved, first, split, last], new)
+    assert revision.edited == (Pair(2, 1),)
+    assert revision.added == (3,)
+
+
 def test_repeated_chunks_are_matched_one_by_one() -> None:
     revision = diff(["x", "x", "y"], ["x", "y", "x", "x"])
     assert len(revision.kept) == 3
@@ -129,23 +136,3 @@ def test_a_rewritten_book_is_compared_in_reasonable_time() -> None:
     revision = diff(old, new)
     assert time.perf_counter() - started < 10
     assert len(revision.edited) > 1900
-
-
-def test_a_turn_that_fits_is_one_piece() -> None:
-    assert split_turn("Hello.\r\nYou\u200b there?") == ("Hello.\nYou there?",)
-    assert split_turn(" \n") == ()
-
-
-def test_a_long_turn_is_cut_between_paragraphs() -> None:
-    texts = sample(30)
-    pieces = split_turn("\n\n".join(texts), max_bytes=2000)
-    assert all(1000 <= len(piece.encode()) <= 2000 for piece in pieces[:-1])
-    assert "\n\n".join(pieces) == "\n\n".join(texts)
-
-
-@settings(max_examples=60)
-@given(st.text(alphabet="aB. \n漢。", max_size=300), st.integers(8, 64))
-def test_pieces_of_a_turn_fit_and_lose_nothing(text: str, max_bytes: int) -> None:
-    pieces = split_turn(text, max_bytes=max_bytes)
-    assert all(len(piece.encode()) <= max_bytes for piece in pieces)
-    assert "".join("".join(pieces).split()) == "".join(text.split())
