@@ -110,23 +110,31 @@ class IndexService(Service):
             off = abs((session.scalar(active) or 0) - points)
             return off <= (session.scalar(changing) or 0)
 
-    def outbox(self, name: str, *, limit: int, after: int | None = None) -> list[OutboxEntry]:
+    def outbox(
+        self, name: str, *, limit: int, after: int | None = None, cube_id: str | None = None
+    ) -> list[OutboxEntry]:
         """The next changes that a collection has not followed, in order.
 
         Args:
             after: the entry that it has reached without having said so yet.
+            cube_id: only changes of this cube.
         Raises:
             NotFound: no such collection.
         """
         with self._catalog.read() as session:
             applied = _known(session, name).applied
-            rows = session.execute(
+            waiting = (
                 select(OutboxRow.seq, OutboxRow.cube_id, OutboxRow.memory_seq)
                 .where(OutboxRow.seq > (applied if after is None else after))
                 .order_by(OutboxRow.seq)
                 .limit(limit)
             )
-            return [OutboxEntry(seq, CubeId(cube), memory) for seq, cube, memory in rows]
+            if cube_id is not None:
+                waiting = waiting.where(OutboxRow.cube_id == cube_id)
+            return [
+                OutboxEntry(seq, CubeId(cube), memory)
+                for seq, cube, memory in session.execute(waiting)
+            ]
 
     def newest_change(self) -> int:
         """The newest entry of the outbox, 0 when it is empty."""

@@ -189,8 +189,7 @@ class MemoryChat:
             # A salt of its own: nothing is reused, nothing is found again.
             return MemoryCall(cache_salt=secrets.token_hex(32))
         # Who shares blocks with labelled text has found the same labels, so may see them.
-        labels = {label for found in composition.recalled for label in found.memory.labels}
-        salt = self.salt_of(snapshots, labels)
+        salt = self.salt_of(snapshots, _labels_of(composition))
         if not snapshots[0].memories:
             # At most a preamble: text in the prompt, and nothing that was ever baked.
             return MemoryCall(cache_salt=salt)
@@ -306,6 +305,8 @@ class MemoryChat:
                     said,
                     session_id=turn.options.session_id,
                     mode=turn.options.remember,
+                    # An answer that was given from labelled memories tells of them.
+                    labels=sorted(_labels_of(composition)),
                 )
             except MemosError as error:
                 # The answer is there already; that it is not remembered must not take it back.
@@ -335,3 +336,7 @@ class MemoryChat:
             for position, cube in enumerate(turn.snapshots)
         ]
         self._on_usage(events)
+
+
+def _labels_of(composition: Composition) -> set[str]:
+    return {label for found in composition.recalled for label in found.memory.labels}

@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from memos_vllm.activation.prefix import (
     PrefixMemory,
     compose_messages,
+    neutralise,
     probe_messages,
     render_additions,
     render_memory_block,
@@ -146,6 +147,10 @@ class Composer:
             f"{error.args[0]} The memory of the cubes takes {tokens} of these tokens.",
             param="messages",
         )
+
+    def count_note_tokens(self, text: str) -> int:
+        """Tokens of a found memory as the prompt shows it."""
+        return self.count_tokens(neutralise(text, self._special_tokens))
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text for the served model, without any that a chat adds."""

@@ -155,7 +155,7 @@ class MemosEndpoint:
             keys=keys,
             signer=signer,
             composer=composer,
-            recall=Recall(plaintext, count_tokens=composer.count_tokens),
+            recall=Recall(plaintext, count_tokens=composer.count_note_tokens),
             writer=TurnWriter(mos, on_written=wake),
             on_usage=usage.note,
             on_served=record_later,

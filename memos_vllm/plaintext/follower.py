@@ -15,7 +15,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -62,7 +62,9 @@ class IndexedCatalog(Protocol):
     def index_agrees(self, name: str, *, points: int) -> bool: ...
     def indexes(self) -> list[IndexProgress]: ...
     def forget_index(self, name: str) -> None: ...
-    def outbox(self, name: str, *, limit: int, after: int | None = None) -> list[OutboxEntry]: ...
+    def outbox(
+        self, name: str, *, limit: int, after: int | None = None, cube_id: str | None = None
+    ) -> list[OutboxEntry]: ...
     def newest_change(self) -> int: ...
     def next_to_walk(self, name: str, *, limit: int, after: int | None = None) -> list[int]: ...
     def memories_to_index(self, seqs: Sequence[int], *, embedder: str) -> list[MemoryToIndex]: ...
@@ -106,26 +108,35 @@ class Follower:
         self.index = index
         self._catalog = catalog
         self._clock = clock
-        progress = self._start(anew=index.opened_empty)
-        if progress.complete and not self._agrees():
-            # An older copy was put back, or it broke while it was in use.
-            progress = self._start(anew=True)
-        self.complete = progress.complete
         # How far the index has come, and how far the catalog knows that it has.
-        self._applied = self._saved_applied = progress.applied
-        self._walked = self._saved_walked = progress.walked
+        self._applied = self._saved_applied = 0
+        self._walked: int | None = None
+        self._saved_walked: int | None = None
         self._unsaved_since: float | None = None
+        # Cubes that someone waits for, and how far they were followed before their turn.
+        self._hurried: frozenset[str] = frozenset()
+        self._ahead: dict[str, int] = {}
         self._holds_nothing_else = index.opened_empty
-        self._walked_twice = False
+        self._begun_again = False
+        self._looked = False
         self._embedder_failures = 0
         self._searches = 0
         self._retired = False
         self._changed = threading.Condition()
+        self.complete = False
+        self._start(anew=index.opened_empty)
+        if self.complete:
+            self._begins_again()
 
-    @property
-    def applied(self) -> int:
-        """The outbox entry up to which searches find everything."""
-        return self._applied
+    def reached(self, cube_ids: Sequence[str]) -> int:
+        """The outbox entry up to which searches of these cubes find everything."""
+        applied, ahead = self._applied, self._ahead
+        return min((max(applied, ahead.get(cube_id, 0)) for cube_id in cube_ids), default=applied)
+
+    def hurry(self, cube_ids: Sequence[str]) -> None:
+        """Someone waits for these cubes: they come before what was written to others earlier."""
+        with self._changed:
+            self._hurried = self._hurried.union(cube_ids)
 
     def step(self) -> bool:
         """Follow one batch of changes, or else go one batch on with the first walk.
@@ -137,26 +148,33 @@ class Follower:
                 again by the next step.
             NotFound: someone else removed the collection from the catalog.
         """
-        try:
-            busy = self._follow() or self._walk()
+        with self._back_when_it_fails():
+            busy = self._follow() or self._walk() or self._look()
             since = self._unsaved_since
             if since is not None and self._clock() - since >= SAVE_SECONDS:
                 self.save()
-        except BaseException:
-            # Whatever has failed, the index may have lost what it had not made durable.
-            self._applied, self._walked = self._saved_applied, self._saved_walked
-            self._unsaved_since = None
-            raise
         return busy
 
     def save(self) -> None:
         """Make durable what was done, and say so in the catalog; raises what `step` raises."""
         if self._unsaved_since is None:
             return
-        self.index.flush()
-        self._catalog.advance_index(self.name, applied=self._applied, walked=self._walked)
+        with self._back_when_it_fails():
+            self.index.flush()
+            self._catalog.advance_index(self.name, applied=self._applied, walked=self._walked)
         self._saved_applied, self._saved_walked = self._applied, self._walked
         self._unsaved_since = None
+
+    @contextmanager
+    def _back_when_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # Whatever has failed, the index may have lost what it had not made durable.
+            self._applied, self._walked = self._saved_applied, self._saved_walked
+            self._ahead = {}
+            self._unsaved_since = None
+            raise
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -181,10 +199,13 @@ class Follower:
             self._retired = True
             self._changed.wait_for(lambda: self._searches == 0, patience_seconds)
 
-    def _start(self, *, anew: bool) -> IndexProgress:
-        return self._catalog.start_index(
+    def _start(self, *, anew: bool) -> None:
+        progress = self._catalog.start_index(
             self.name, embedder=self.embedder.key, dimension=self.embedder.dimension, anew=anew
         )
+        self._applied = self._saved_applied = progress.applied
+        self._walked = self._saved_walked = progress.walked
+        self.complete = progress.complete
 
     def _note_unsaved(self) -> None:
         if self._unsaved_since is None:
@@ -194,6 +215,7 @@ class Follower:
         entries = self._catalog.outbox(self.name, limit=BATCH, after=self._applied)
         if not entries:
             return False
+        self._run_ahead({entry.cube_id for entry in entries}, all_read=len(entries) < BATCH)
         for gone, group in itertools.groupby(entries, key=lambda entry: entry.memory_seq is None):
             if gone:
                 for cube_id in dict.fromkeys(entry.cube_id for entry in group):
@@ -203,6 +225,26 @@ class Follower:
         self._note_unsaved()
         self._applied = entries[-1].seq
         return True
+
+    def _run_ahead(self, present: Collection[str], *, all_read: bool) -> None:
+        """Index a batch of each hurried cube of which none is present among the next entries.
+
+        In its turn it is indexed again, from stored vectors, as it is then.
+        """
+        with self._changed:
+            hurried, self._hurried = self._hurried, frozenset()
+        if all_read:
+            self._ahead = {}
+            return
+        for cube_id in hurried.difference(present):
+            entries = self._catalog.outbox(
+                self.name, limit=BATCH, after=self.reached([cube_id]), cube_id=cube_id
+            )
+            seqs = [entry.memory_seq for entry in entries if entry.memory_seq is not None]
+            # The end of a cube removes all of it: that waits for its turn.
+            if entries and len(seqs) == len(entries):
+                self._put(seqs)
+                self._ahead = {**self._ahead, cube_id: entries[-1].seq}
 
     def _walk(self) -> bool:
         if self.complete:
@@ -221,28 +263,38 @@ class Follower:
         return True
 
     def _end_walk(self) -> None:
-        if not self._walked_twice and not self._agrees():
-            # It broke on the way, and was not empty when it was opened again.
-            self._walked_twice = True
-            progress = self._start(anew=True)
-            self._applied = self._saved_applied = progress.applied
-            self._walked = self._saved_walked = progress.walked
-            return
-        self._catalog.end_walk(self.name)
-        self._walked = self._saved_walked = None
-        self.complete = True
-        logger.info("memos: the index '%s' is complete", self.name)
+        if not self._begins_again():
+            self._catalog.end_walk(self.name)
+            self.complete = True
+            logger.info("memos: the index '%s' is complete", self.name)
 
-    def _agrees(self) -> bool:
-        """Whether it holds as many memories as it should, which takes no look at each."""
+    def _look(self) -> bool:
+        """Once, when nothing is left to do and so no doubt: whether all of it is there."""
+        if self._looked:
+            return False
+        self._looked = True
+        self.save()
+        return self._begins_again()
+
+    def _begins_again(self) -> bool:
+        """Walk through everything again, once, unless as much is indexed as should be.
+
+        An older copy of the index may have been put back, or it broke while it was in use.
+        """
         if self._catalog.index_agrees(self.name, points=self.index.count()):
-            return True
+            return False
+        if self._begun_again:
+            logger.error("memos: the index '%s' does not keep what it is given", self.name)
+            return False
         logger.warning(
             "memos: the index '%s' holds another number of memories than the catalog and is gone "
             "through again",
             self.name,
         )
-        return False
+        self._begun_again = True
+        self._holds_nothing_else = False
+        self._start(anew=True)
+        return True
 
     def _remove_all_but(self, seqs: Sequence[int], *, after: int) -> None:
         """Remove what lies between `after` and the last of `seqs`, or the end, and is not there."""

@@ -223,9 +223,9 @@ class Collections:
                 failures.append(error)
             else:
                 pause.succeeded()
-        if len(failures) == 2:
+        if failures and all(pause.problem is not None for pause in self._pauses.values()):
             self._pauses.clear()
-            raise failures[1]
+            raise failures[-1]
         return busy
 
     def _switch(self) -> None:

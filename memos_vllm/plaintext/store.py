@@ -225,9 +225,18 @@ class PlaintextStore:
             retry_after_seconds=2,
         )
 
-    def _left(self, collection: Follower, cube_ids: Sequence[str] | None = None) -> IndexBacklog:
+    def _left(
+        self,
+        collection: Follower,
+        cube_ids: Sequence[str] | None = None,
+        *,
+        up_to: int | None = None,
+    ) -> IndexBacklog:
         return self._catalog.index_backlog(
-            collection.name, cube_ids=cube_ids, applied=collection.applied
+            collection.name,
+            cube_ids=cube_ids,
+            applied=collection.reached(cube_ids or ()),
+            up_to=up_to,
         )
 
     def _catch_up(
@@ -245,9 +254,8 @@ class PlaintextStore:
 
         def done() -> bool:
             nonlocal left
-            left = self._catalog.index_backlog(
-                collection.name, cube_ids=cube_ids, applied=collection.applied, up_to=newest
-            )
+            left = self._left(collection, cube_ids, up_to=newest)
+            collection.hurry(cube_ids if left.changes else ())
             walking = 0 < left.memories <= _MEMORIES_WAITED_FOR
             # An index that is down follows nothing; what it has is searched at once.
             return not (left.changes or walking) or self.problem() is not None

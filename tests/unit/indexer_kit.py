@@ -92,6 +92,7 @@ class Disk:
     Args:
         fail_at: this call of the store, counted from `calls` = 0, raises Unavailable.
         after: whether the call has its effect all the same.
+        forgets: whether an index that fails loses what was not flushed, and goes on.
         down: every call raises.
     """
 
@@ -99,6 +100,7 @@ class Disk:
     dims: dict[str, int] = field(default_factory=dict)
     fail_at: int | None = None
     after: bool = False
+    forgets: bool = False
     down: bool = False
     calls: int = 0
     open_now: set[str] = field(default_factory=set)
@@ -167,8 +169,14 @@ class FakeIndex:
     def _call(self) -> Iterator[PlainIndex]:
         if self._closed:
             raise Unavailable("the fake index is closed")
-        with self._disk.call():
-            yield self._held
+        try:
+            with self._disk.call():
+                yield self._held
+        except Unavailable:
+            if self._disk.forgets:
+                self._held = PlainIndex(dict(self._disk.points.get(self.name, {})))
+                self._unflushed.clear()
+            raise
 
     def _write(self, change: Callable[[PlainIndex], None]) -> None:
         with self._call() as held:

@@ -459,6 +459,29 @@ def test_a_collection_with_a_large_cube_is_optimised_once_a_third_has_changed(
     assert optimised_by([point(CUBE, seq=seq) for seq in range(350, 600)])
 
 
+def test_what_was_written_meanwhile_is_optimised_next(
+    host: EdgeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge_collection, "FULL_SCAN_POINTS", 50)
+    index = host.open("a", dim=DIM)
+    former = edge_collection.EdgeCollection._run_optimizer
+    runs: list[Path] = []
+
+    def write_meanwhile(self: edge_collection.EdgeCollection, path: Path) -> None:
+        runs.append(path)
+        if len(runs) == 1:
+            index.upsert([point(CUBE, seq=seq) for seq in range(101, 301)])
+        former(self, path)
+
+    monkeypatch.setattr(edge_collection.EdgeCollection, "_run_optimizer", write_meanwhile)
+    index.upsert([point(CUBE, seq=seq) for seq in range(1, 101)])
+    index.flush()
+    wait_until_optimised(index)
+
+    assert len(runs) == 2
+    assert index.count() == 300
+
+
 def test_small_cubes_are_not_optimised_until_most_of_the_disk_is_stale(
     host: EdgeHost, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,7 +237,7 @@ def test_many_searches_beside_writes_end_and_find_what_was_there(desk: Desk) -> 
 def test_a_dead_store_refuses_searches_takes_writes_and_comes_back_with_all(desk: Desk) -> None:
     disk = Disk()
     with running(desk, lambda: FakeStore(disk)) as plaintext:
-        assert plaintext.wait_until_indexed("c", seconds=LONG_SECONDS)
+        eventually(lambda: plaintext._collections.serving is not None)
         disk.down = True
         desk.add("apple")
         eventually(lambda: plaintext.problem() is not None)

@@ -242,6 +242,9 @@ class EdgeCollection:
     def _optimize_in_background(self) -> None:
         try:
             self._optimize()
+            # As much may have been written meanwhile.
+            while self._is_due():
+                self._optimize()
         except Unavailable as error:
             self._problem = error
             if not self._closed:

@@ -72,8 +72,8 @@ class Found:
 
 
 def full_scan_kilobytes(dim: int) -> int:
-    """`FULL_SCAN_POINTS` in kilobytes of float32 vectors, Qdrant's unit for it."""
-    return max(1, FULL_SCAN_POINTS * dim * 4 // 1000)
+    """`FULL_SCAN_POINTS` in KiB of float32 vectors, Qdrant's unit for it."""
+    return max(1, FULL_SCAN_POINTS * dim * 4 // 1024)
 
 
 def check_dimension(vector: DenseVector, dim: int, *, collection: str) -> None:

@@ -41,7 +41,7 @@ class IngestLimits:
 
     max_bytes: int = 32 * MIB
     max_text_bytes: int = 32 * MIB
-    max_chunks: int = 50_000
+    max_chunks: int = 10_000
     max_pages: int = 5_000
     timeout_seconds: float = 60.0
     memory_bytes: int = 1024 * MIB
