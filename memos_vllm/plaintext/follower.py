@@ -292,7 +292,6 @@ class Follower:
             self.name,
         )
         self._begun_again = True
-        self._holds_nothing_else = False
         self._start(anew=True)
         return True
 

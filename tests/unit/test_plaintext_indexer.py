@@ -515,6 +515,9 @@ def test_an_index_that_breaks_while_it_is_built_is_gone_through_again(
     # It was lost, and what was written after that made it look whole.
     for seq in sorted(points)[:4]:
         del points[seq]
+    while bench.collections.serving is None:
+        bench.step()
+    assert len(bench.points()) == 8  # before it answers, not some time later
     bench.settle()
     bench.check()
 
