@@ -69,6 +69,7 @@ class Row:
     p50_ms: float
     p99_ms: float
     first_ms: float
+    p50_at_once_ms: float
 
 
 class RandomVectors:
@@ -131,13 +132,9 @@ def measure(memories: int, *, queries: int, embedded: bool, folder: Path) -> Row
         started = time.perf_counter()
         _fill(mos, plaintext, memories)
         rate = memories / (time.perf_counter() - started)
-        speech = Speech(1)
-        took = []
-        for _ in range(queries):
-            question = f"What did {random.choice(SPEAKERS)} say about {speech.sentence(5)}?"
-            before = time.perf_counter()
-            plaintext.search(LOCAL_ADMIN, ["bench"], SearchQuery(question))
-            took.append((time.perf_counter() - before) * 1e3)
+        at_once = _search(plaintext, min(queries, 100))
+        _wait_until_optimized(plaintext)
+        took = _search(plaintext, queries)
     finally:
         plaintext.close()
         mos.close()
@@ -149,8 +146,29 @@ def measure(memories: int, *, queries: int, embedded: bool, folder: Path) -> Row
         taken_in_per_second=round(rate, 1),
         p50_ms=round(statistics.median(steady), 1),
         p99_ms=round(steady[int(len(steady) * 0.99)], 1),
-        first_ms=round(took[0], 1),
+        first_ms=round(at_once[0], 1),
+        p50_at_once_ms=round(statistics.median(at_once[10:]), 1),
     )
+
+
+def _search(plaintext: PlaintextStore, queries: int) -> list[float]:
+    """How long each of so many searches took, in milliseconds."""
+    speech = Speech(1)
+    took = []
+    for _ in range(queries):
+        question = f"What did {random.choice(SPEAKERS)} say about {speech.sentence(5)}?"
+        before = time.perf_counter()
+        plaintext.search(LOCAL_ADMIN, ["bench"], SearchQuery(question))
+        took.append((time.perf_counter() - before) * 1e3)
+    return took
+
+
+def _wait_until_optimized(plaintext: PlaintextStore) -> None:
+    """Large cubes get a graph in the background, in the time that nobody else wants."""
+    while (serving := plaintext.status().get("serving")) is not None:
+        if not (isinstance(serving, dict) and serving["optimizing"]):
+            return
+        time.sleep(1)
 
 
 def _with_random_vectors(settings: ServerSettings, mos: Mos) -> PlaintextStore:
@@ -193,8 +211,8 @@ def main() -> None:
     )
     print("all cores" if asked.all_cores else "one core")
     rows = []
-    print("| memories | vectors | taken in /s | p50 ms | p99 ms | first ms |")
-    print("|---|---|---|---|---|---|")
+    print("| memories | vectors | taken in /s | p50 ms | p99 ms | first ms | p50 ms at once |")
+    print("|---|---|---|---|---|---|---|")
     for memories in asked.memories:
         with tempfile.TemporaryDirectory(prefix="memos-bench-") as folder:
             row = measure(
@@ -206,7 +224,7 @@ def main() -> None:
         rows.append(row)
         print(
             f"| {row.memories:,} | {row.vectors} | {row.taken_in_per_second} | {row.p50_ms} | "
-            f"{row.p99_ms} | {row.first_ms} |",
+            f"{row.p99_ms} | {row.first_ms} | {row.p50_at_once_ms} |",
             flush=True,
         )
     if asked.json:

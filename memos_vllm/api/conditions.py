@@ -61,9 +61,9 @@ async def answer_once(
     """
     key = _key(call)
     if key is None:
-        return await call.api.run(act)
+        return await call.api.write(act)
     sent = await call.request.body() if body is None else body
-    fingerprint = await call.api.run(_fingerprint, call.request, sent)
+    fingerprint = await call.api.read(_fingerprint, call.request, sent)
 
     first: list[Response] = []
 
@@ -72,7 +72,7 @@ async def answer_once(
         return StoredReply(first[0].status_code, bytes(first[0].body))
 
     async with call.api.locks.hold((call.actor.id, key)):
-        reply = await call.api.run(call.mos.answer_once, call.actor, key, fingerprint, answer)
+        reply = await call.api.write(call.mos.answer_once, call.actor, key, fingerprint, answer)
     return first[0] if first else _repeated(reply)
 
 
@@ -91,9 +91,9 @@ async def answer_job_once(
     key = _key(call)
     if key is None:
         return await act()
-    fingerprint = await call.api.run(_fingerprint, call.request, await call.request.body())
+    fingerprint = await call.api.read(_fingerprint, call.request, await call.request.body())
     async with call.api.locks.hold((call.actor.id, key)):
-        stored = await call.api.run(
+        stored = await call.api.write(
             call.mos.reserve_reply,
             call.actor,
             key,
@@ -131,9 +131,9 @@ async def _act_and_store(
         response = await act()
     except BaseException:
         with anyio.CancelScope(shield=True):
-            await call.api.run(call.mos.release_reply, call.actor, key)
+            await call.api.write(call.mos.release_reply, call.actor, key)
         raise
-    await call.api.run(
+    await call.api.write(
         call.mos.store_reply,
         call.actor,
         key,

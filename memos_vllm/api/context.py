@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, ParamSpec, TypeVar
 
-import anyio
-import anyio.to_thread
 from fastapi import Depends, Request
 
 from memos_vllm.api.gateway import EngineGateway
 from memos_vllm.api.keyed_locks import KeyedLocks
+from memos_vllm.api.threads import Threads
 from memos_vllm.control.mos import Mos
 from memos_vllm.domain.access import Principal
 from memos_vllm.plaintext.store import PlaintextStore
@@ -20,9 +18,10 @@ from memos_vllm.plaintext.store import PlaintextStore
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# SQLite has one writer; a few threads are enough to keep readers going beside it, and a separate
-# limiter keeps a burst of catalog calls from using up the threads that vLLM's own routes need.
-_CATALOG_THREADS = 8
+# Apart from the threads that vLLM's own routes need, and from each other: SQLite has one writer,
+# and those that wait for it must not keep readers waiting.
+_READERS = 8
+_WRITERS = 8
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,16 @@ class ApiContext:
     principal: Callable[[Request], Principal]
     tombstone_key: Callable[[], bytes]
     locks: KeyedLocks = field(default_factory=KeyedLocks)
-    _limiter: anyio.CapacityLimiter = field(
-        default_factory=lambda: anyio.CapacityLimiter(_CATALOG_THREADS)
-    )
+    _readers: Threads = field(default_factory=lambda: Threads(_READERS))
+    _writers: Threads = field(default_factory=lambda: Threads(_WRITERS))
 
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a blocking call in a worker thread, off the event loop that streams answers."""
-        return await anyio.to_thread.run_sync(
-            partial(function, *args, **kwargs), limiter=self._limiter
-        )
+        return await self._readers.run(function, *args, **kwargs)
+
+    async def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `read`, for what may wait for another writer."""
+        return await self._writers.run(function, *args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)

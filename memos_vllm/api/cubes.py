@@ -79,7 +79,7 @@ async def list_cubes(call: CurrentCall, query: Annotated[PageQuery, Query()]) ->
         data = [_reply(call, cube) for cube in page.items]
         return render(ListReply[CubeReply](data=data, next_cursor=page.next_cursor))
 
-    return await call.api.run(read)
+    return await call.api.read(read)
 
 
 @router.get(
@@ -90,7 +90,7 @@ async def list_cubes(call: CurrentCall, query: Annotated[PageQuery, Query()]) ->
 )
 async def get_cube(call: CurrentCall, cube_id: PathId) -> Response:
     """Read one cube."""
-    return await call.api.run(lambda: render(_reply(call, call.mos.get_cube(call.actor, cube_id))))
+    return await call.api.read(lambda: render(_reply(call, call.mos.get_cube(call.actor, cube_id))))
 
 
 @router.patch(
@@ -109,7 +109,7 @@ async def update_cube(
         cube = call.mos.update_cube(call.actor, cube_id, patch, if_match=if_match)
         return render(_reply(call, cube))
 
-    return await call.api.run(change)
+    return await call.api.write(change)
 
 
 @router.delete(
@@ -124,7 +124,7 @@ async def delete_cube(call: CurrentCall, cube_id: PathId, if_match: IfMatch) -> 
     """Delete a cube with its memories and everything that was compiled from it."""
     # Asked for first: a server without its store must refuse, not leave the files behind.
     gateway = call.gateway
-    deleted = await call.api.run(call.mos.delete_cube, call.actor, cube_id, if_match=if_match)
+    deleted = await call.api.write(call.mos.delete_cube, call.actor, cube_id, if_match=if_match)
     await gateway.discard_artifacts(deleted.artifacts)
     return render(
         DeletedReply(id=deleted.id, object="memcube", artifacts_removed=len(deleted.artifacts))
@@ -145,4 +145,4 @@ async def cube_stats(call: CurrentCall, cube_id: PathId) -> Response:
         reply.resident_tokens = _resident_tokens(call, cube_id)
         return render(reply)
 
-    return await call.api.run(read)
+    return await call.api.read(read)

@@ -21,8 +21,9 @@ from memos_vllm.api.json_body import parse_json
 from memos_vllm.api.replies import ListReply, MemoryReply, Reply, render
 from memos_vllm.api.route import FormRoute
 from memos_vllm.api.schemas import PathId
+from memos_vllm.api.threads import Threads
 from memos_vllm.domain.document import NewChunk, NewDocument, StoredDocument
-from memos_vllm.errors import InvalidRequest, TooLarge, Unavailable
+from memos_vllm.errors import InvalidRequest, TooLarge
 from memos_vllm.plaintext.ingest.document import Document
 from memos_vllm.plaintext.ingest.pipeline import ingest_document
 
@@ -31,11 +32,14 @@ router = APIRouter(route_class=FormRoute, tags=["memories"])
 MAX_FILE_BYTES = 32 * 1024 * 1024
 MAX_FIELD_BYTES = 64 * 1024
 _FIELDS = frozenset({"tags", "labels", "metadata", "title", "uri", "reason"})
-# Parsers run in processes of their own; more at once would take the engine's cores.
-_PARSERS = anyio.CapacityLimiter(1)
 # Each that waits holds its file in memory.
 _MAX_WAITING = 32
-_RETRY_AFTER_SECONDS = 5
+# Parsers run in processes of their own; more at once would take the engine's cores.
+_PARSERS = Threads(
+    1,
+    waiting=_MAX_WAITING,
+    refusal=f"{_MAX_WAITING} documents are waiting to be read already; try again",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +140,11 @@ async def add_document(call: CurrentCall, cube_id: PathId) -> Response:
     versions, adds what is new and archives what is gone.
     """
     # A cube that the caller may not write to is a 404 before anything is parsed.
-    await call.api.run(call.mos.require_writable, call.actor, cube_id)
+    await call.api.read(call.mos.require_writable, call.actor, cube_id)
     upload, digest = await anyio.to_thread.run_sync(
         _read_upload, call.request, await call.request.body()
     )
-    if _PARSERS.statistics().tasks_waiting >= _MAX_WAITING:
-        raise Unavailable(
-            f"{_MAX_WAITING} documents are waiting to be read already; try again",
-            retry_after_seconds=_RETRY_AFTER_SECONDS,
-        )
-    parsed = await anyio.to_thread.run_sync(_parse, upload, limiter=_PARSERS)
+    parsed = await _PARSERS.run(_parse, upload)
 
     def put() -> Response:
         stored = call.mos.put_document(

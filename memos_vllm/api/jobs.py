@@ -46,9 +46,9 @@ async def promote(call: CurrentCall, cube_id: PathId, body: PromoteInput) -> Res
     async def act() -> Response:
         if body.tier is Tier.ACTIVATION:
             # An unknown cube is a 404 before the engine is asked anything.
-            await call.api.run(call.mos.get_cube, call.actor, cube_id)
+            await call.api.read(call.mos.get_cube, call.actor, cube_id)
             await call.gateway.check_composition(cube_id, adding=body.selected)
-        job = await call.api.run(
+        job = await call.api.write(
             call.mos.promote, call.actor, cube_id, to=body.tier, memory_ids=body.selected
         )
         return await _settle(call, job, wait_seconds=body.wait_seconds)
@@ -67,7 +67,7 @@ async def demote(call: CurrentCall, cube_id: PathId, body: DemoteInput) -> Respo
     """Start a job that takes the memories out; 202 with the job, or 200 when waited for."""
 
     async def act() -> Response:
-        job = await call.api.run(
+        job = await call.api.write(
             call.mos.demote, call.actor, cube_id, from_tier=body.tier, memory_ids=body.selected
         )
         return await _settle(call, job, wait_seconds=body.wait_seconds)
@@ -91,7 +91,7 @@ async def reindex(
     """
 
     async def act() -> Response:
-        job = await call.api.run(call.mos.queue_reindex, call.actor, cube_id)
+        job = await call.api.write(call.mos.queue_reindex, call.actor, cube_id)
         return await _settle(call, job, wait_seconds=query.wait)
 
     return await answer_job_once(call, act, takes_seconds=query.wait)
@@ -115,7 +115,7 @@ async def list_jobs(
         data = [JobReply.model_validate(job) for job in page.items]
         return render(ListReply[JobReply](data=data, next_cursor=page.next_cursor))
 
-    return await call.api.run(read)
+    return await call.api.read(read)
 
 
 @router.get(
@@ -137,7 +137,7 @@ async def get_job(call: CurrentCall, job_id: PathId) -> Response:
 )
 async def cancel_job(call: CurrentCall, job_id: PathId) -> Response:
     """Cancel a job that has not finished."""
-    return _render(await call.api.run(call.mos.cancel_job, call.actor, job_id))
+    return _render(await call.api.write(call.mos.cancel_job, call.actor, job_id))
 
 
 @router.get(
@@ -161,7 +161,7 @@ def _render(job: Job, *, status: int = 200) -> Response:
 
 
 async def _read(call: Call, job_id: str) -> Job:
-    return await call.api.run(call.mos.get_job, call.actor, job_id)
+    return await call.api.read(call.mos.get_job, call.actor, job_id)
 
 
 async def _settle(call: Call, job: Job, *, wait_seconds: float) -> Response:

@@ -80,7 +80,7 @@ async def list_memories(
         data = [MemoryReply.model_validate(memory) for memory in page.items]
         return render(ListReply[MemoryReply](data=data, next_cursor=page.next_cursor))
 
-    return await call.api.run(read)
+    return await call.api.read(read)
 
 
 @router.get(
@@ -91,7 +91,7 @@ async def list_memories(
 )
 async def get_memory(call: CurrentCall, cube_id: PathId, memory_id: PathId) -> Response:
     """Read one memory."""
-    return await call.api.run(lambda: _render(call.mos.get_memory(call.actor, cube_id, memory_id)))
+    return await call.api.read(lambda: _render(call.mos.get_memory(call.actor, cube_id, memory_id)))
 
 
 @router.patch(
@@ -115,7 +115,7 @@ async def update_memory(
             call.mos.update_memory(call.actor, cube_id, memory_id, patch, if_match=if_match)
         )
 
-    return await call.api.run(change)
+    return await call.api.write(change)
 
 
 @router.delete(
@@ -137,7 +137,7 @@ async def delete_memory(
     """
     if query.erase:
         return await _erase(call, cube_id, memory_id, if_match=if_match)
-    return await call.api.run(
+    return await call.api.write(
         lambda: _render(call.mos.archive_memory(call.actor, cube_id, memory_id, if_match=if_match))
     )
 
@@ -145,7 +145,7 @@ async def delete_memory(
 async def _erase(call: Call, cube_id: str, memory_id: str, *, if_match: int | None) -> Response:
     # Asked for first: a server without its store must refuse, not leave the files behind.
     gateway = call.gateway
-    erased = await call.api.run(
+    erased = await call.api.write(
         call.mos.erase_memory,
         call.actor,
         cube_id,
@@ -214,4 +214,4 @@ async def memory_history(call: CurrentCall, cube_id: PathId, memory_id: PathId) 
         data = [MemoryVersionReply.model_validate(version) for version in versions]
         return render(ListReply[MemoryVersionReply](data=data))
 
-    return await call.api.run(read)
+    return await call.api.read(read)

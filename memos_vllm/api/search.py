@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import anyio
-import anyio.to_thread
 from fastapi import APIRouter, Response
 from pydantic import ConfigDict, Field
 
@@ -14,6 +12,7 @@ from memos_vllm.api.context import CurrentCall
 from memos_vllm.api.replies import MemoryReply, Reply, render
 from memos_vllm.api.route import MemosRoute
 from memos_vllm.api.schemas import Input, PathId
+from memos_vllm.api.threads import Threads
 from memos_vllm.domain.filters import parse_filter
 from memos_vllm.domain.search import (
     DEFAULT_HOPS,
@@ -28,7 +27,7 @@ from memos_vllm.domain.search import (
 router = APIRouter(route_class=MemosRoute, tags=["memories"])
 
 # Apart from the threads of the catalog: a search may wait for the index to catch up.
-_SEARCHES = anyio.CapacityLimiter(8)
+_SEARCHES = Threads(8)
 # What `scores` always holds; `explain` shows the rest.
 _MAIN_SCORES = ("dense", "sparse", "graph")
 
@@ -126,7 +125,7 @@ async def search(call: CurrentCall, cube_id: PathId, body: SearchInput) -> Respo
         found = call.api.plaintext().search(call.actor, [cube_id], query)
         return render(_reply(found, explain=body.explain))
 
-    return await anyio.to_thread.run_sync(find, limiter=_SEARCHES)
+    return await _SEARCHES.run(find)
 
 
 def _reply(found: SearchResult, *, explain: bool) -> SearchReply:

@@ -57,7 +57,7 @@ async def health(api: CurrentApi) -> Response:
 async def _parts(api: ApiContext) -> dict[str, str]:
     parts = {"catalog": _READY, "engine": _READY, _SEARCH: _READY}
     try:
-        await api.run(lambda: api.mos().list_cubes(LOCAL_ADMIN, limit=1, cursor=None))
+        await api.read(lambda: api.mos().list_cubes(LOCAL_ADMIN, limit=1, cursor=None))
     except MemosError as error:
         parts["catalog"] = str(error)
     try:
@@ -105,7 +105,7 @@ async def audit_entries(
         data = [AuditReply.model_validate(entry) for entry in page.items]
         return render(ListReply[AuditReply](data=data, next_cursor=page.next_cursor))
 
-    return await call.api.run(read)
+    return await call.api.read(read)
 
 
 @router.get(
@@ -116,6 +116,6 @@ async def audit_entries(
 )
 async def verify_audit(call: CurrentCall) -> Response:
     """Check the hash chain of the whole log; a broken one names its first bad row."""
-    return await call.api.run(
+    return await call.api.read(
         lambda: render(AuditVerdictReply.model_validate(call.mos.verify_audit()))
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 from sqlalchemy import ColumnElement, and_, or_, select, true
 from sqlalchemy.orm import Session
 
+from memos_vllm.control.sql import one_of, unindexed
 from memos_vllm.control.tables import CubeRow, GrantRow, MemoryLabelRow, MemoryRow
 from memos_vllm.domain.access import Access, Principal, Role, allows, roles_that_allow
 from memos_vllm.errors import NotFound
@@ -23,6 +25,21 @@ class OpenCube:
     row: CubeRow
     role: Role
     labels: frozenset[str]
+
+    @property
+    def cube_id(self) -> str:
+        return self.row.id
+
+
+class SeenCube(Protocol):
+    """A cube as somebody sees it: all of it for an owner, else what these labels leave open."""
+
+    @property
+    def cube_id(self) -> str: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def labels(self) -> frozenset[str]: ...
 
 
 def require_id(kind: str, value: str) -> str:
@@ -63,9 +80,13 @@ def cubes_for(actor: Principal, access: Access) -> ColumnElement[bool]:
     return or_(CubeRow.owner == actor.id, CubeRow.id.in_(granted))
 
 
-def visible(cube: OpenCube) -> ColumnElement[bool]:
-    """Condition on `MemoryRow`: of this cube, and under no label that the actor lacks."""
-    here = MemoryRow.cube_id == cube.row.id
+def visible(cube: SeenCube, *, by_number: bool = False) -> ColumnElement[bool]:
+    """Condition on `MemoryRow`: of this cube, and under no label that the actor lacks.
+
+    Args:
+        by_number: whether the memories asked for are named, by `seq` or id, in the same query.
+    """
+    here = (unindexed(MemoryRow.cube_id) if by_number else MemoryRow.cube_id) == cube.cube_id
     if cube.role is Role.OWNER:
         return here
     foreign_label = (
@@ -77,6 +98,15 @@ def visible(cube: OpenCube) -> ColumnElement[bool]:
         .exists()
     )
     return and_(here, ~foreign_label)
+
+
+def foreign_label() -> ColumnElement[bool]:
+    """Condition on `MemoryRow`: under a label that is none of the parameter "labels"."""
+    return (
+        select(MemoryLabelRow.label)
+        .where(MemoryLabelRow.memory_seq == MemoryRow.seq, ~one_of(MemoryLabelRow.label, "labels"))
+        .exists()
+    )
 
 
 def open_memory(session: Session, cube: OpenCube, memory_id: str) -> MemoryRow:
@@ -92,7 +122,9 @@ def open_memories(session: Session, cube: OpenCube, memory_ids: list[str]) -> li
     """The memories in the order asked for; raises NotFound for the first that is not visible."""
     for memory_id in memory_ids:
         require_id("memory", memory_id)
-    rows = session.scalars(select(MemoryRow).where(MemoryRow.id.in_(memory_ids), visible(cube)))
+    rows = session.scalars(
+        select(MemoryRow).where(MemoryRow.id.in_(memory_ids), visible(cube, by_number=True))
+    )
     by_id = {row.id: row for row in rows}
     for memory_id in memory_ids:
         if memory_id not in by_id:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -15,12 +16,9 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     CompoundSelect,
-    Executable,
     Select,
-    String,
     and_,
     bindparam,
-    cast,
     func,
     literal,
     or_,
@@ -29,19 +27,18 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session, aliased
 
-from memos_vllm.control.access import OpenCube, open_cube
-from memos_vllm.control.batches import in_parts
+from memos_vllm.control.access import foreign_label, open_cube
 from memos_vllm.control.indexing import backlog
 from memos_vllm.control.service import Service
+from memos_vllm.control.sql import Prepared, one_of, unindexed
 from memos_vllm.control.tables import (
-    CubeRow,
     EdgeRow,
     EntityRow,
     LineageRow,
-    MemoryLabelRow,
     MemoryRow,
     MemoryUsageRow,
     Relation,
+    VectorRow,
 )
 from memos_vllm.control.views import load_memories
 from memos_vllm.domain.access import Access, Principal, Role
@@ -93,34 +90,39 @@ class FindingService(Service):
         return self._catalog.snapshot()
 
     def links(
-        self, scope: Scope, seqs: Sequence[int], *, fan_out: int, max_mentions: int
+        self,
+        scope: Scope,
+        seqs: Sequence[int],
+        *,
+        fan_out: int,
+        mentioning: Sequence[int] = (),
+        max_mentions: int = 0,
     ) -> list[Link]:
         """Edges to and from these memories, both ends within the scope, strongest first.
 
         Args:
             fan_out: at most this many of each kind and direction for one memory.
-            max_mentions: what more memories than this mention links none of them; 0 leaves
-                mentions out.
+            mentioning: those of `seqs` that are linked by what they mention, too.
+            max_mentions: what more memories than this mention links none of them.
         """
         if not seqs:
             return []
         with self._catalog.read() as session:
             found = _edges(session, seqs)
-            shared = _shared(session, seqs, most=max_mentions) if max_mentions else []
+            shared = _shared(session, mentioning, most=max_mentions) if mentioning else []
             ends = {link.target for link in found}
             ends.update(seq for _, sharers in shared for seq in sharers)
             seen = _seen(session, scope, ends)
-        found += _mentions(shared, seqs, seen)
+        found += _mentions(shared, mentioning, seen)
         return _bounded((link for link in found if link.target in seen), fan_out)
 
     def facts(self, seqs: Sequence[int]) -> Mapping[int, Facts]:
         """When memories came to be, and how often they reached a model."""
         with self._catalog.read() as session:
             return {
-                seq: Facts(_said_at(source) or created_at, hits or 0, last_used_at)
-                for part in in_parts(seqs)
-                for seq, created_at, source, hits, last_used_at in session.execute(
-                    _FACTS, {"seqs": part}
+                seq: Facts(_said_at(said_at) or created_at, hits or 0, last_used_at)
+                for seq, created_at, said_at, hits, last_used_at in _FACTS.rows(
+                    session, {"seqs": seqs}
                 )
             }
 
@@ -132,7 +134,7 @@ class FindingService(Service):
         entities = {f"entity{place}": AUTHOR_PREFIX + name for place, name in enumerate(asked)}
         statement = _which_authored(len(asked), scope.labels is not None)
         with self._catalog.read() as session:
-            places = session.scalars(statement, {**entities, **_bound(scope)})
+            places = statement.values(session, {**entities, **_bound(scope)})
             return {asked[place] for place in places}
 
     def authored(self, scope: Scope, names: Collection[str], seqs: Collection[int]) -> set[int]:
@@ -142,13 +144,15 @@ class FindingService(Service):
         asked = {
             "cubes": list(scope.cube_ids),
             "entities": [AUTHOR_PREFIX + name for name in names],
+            "seqs": seqs,
         }
         with self._catalog.read() as session:
-            return {
-                seq
-                for part in in_parts(seqs)
-                for seq in session.scalars(_AUTHORED, {**asked, "seqs": part})
-            }
+            return set(_AUTHORED.values(session, asked))
+
+    def stored_vectors(self, seqs: Sequence[int], *, embedder: str) -> Mapping[int, bytes]:
+        """What an embedder made of memories: 16-bit floats, where it has been there already."""
+        with self._catalog.read() as session:
+            return dict(_VECTORS.rows(session, {"seqs": seqs, "embedder": embedder}))
 
     def load_found(self, scope: Scope, seqs: Sequence[int]) -> dict[int, Memory]:
         """Those of `seqs` that are in the scope now: active, unexpired, under no other label.
@@ -157,22 +161,17 @@ class FindingService(Service):
         """
         if not seqs:
             return {}
-        statement, bound = _memories_in_scope(scope.labels is not None), _bound(scope)
+        statement = _memories_in_scope(scope.labels is not None)
         found: dict[int, Memory] = {}
         with self._catalog.read() as session:
-            for part in in_parts(seqs):
-                by_cube: dict[str, list[MemoryRow]] = defaultdict(list)
-                for row in session.scalars(statement, {"seqs": part, **bound}):
-                    by_cube[row.cube_id].append(row)
-                for cube_id, members in by_cube.items():
-                    cube = _as_seen(session, cube_id, scope)
-                    loaded = load_memories(session, cube, members)
-                    found |= {row.seq: memory for row, memory in zip(members, loaded, strict=True)}
+            by_cube: dict[str, list[MemoryRow]] = defaultdict(list)
+            for row in session.scalars(statement, {"seqs": seqs, **_bound(scope)}):
+                by_cube[row.cube_id].append(row)
+            for cube_id, members in by_cube.items():
+                cube = _CubeInScope.of(cube_id, scope)
+                loaded = load_memories(session, cube, members)
+                found |= {row.seq: memory for row, memory in zip(members, loaded, strict=True)}
         return found
-
-
-def _any(name: str) -> Any:
-    return bindparam(name, expanding=True)
 
 
 def _in_scope(*, labelled: bool) -> ColumnElement[bool]:
@@ -182,20 +181,12 @@ def _in_scope(*, labelled: bool) -> ColumnElement[bool]:
         labelled: whether only some labels are allowed; see `_bound` for the parameters.
     """
     conditions = [
-        MemoryRow.cube_id.in_(_any("cubes")),
-        MemoryRow.state == MemoryState.ACTIVE,
+        one_of(unindexed(MemoryRow.cube_id), "cubes"),
+        unindexed(MemoryRow.state) == MemoryState.ACTIVE,
         or_(MemoryRow.expires_at.is_(None), MemoryRow.expires_at > bindparam("now")),
     ]
     if labelled:
-        foreign = (
-            select(MemoryLabelRow.label)
-            .where(
-                MemoryLabelRow.memory_seq == MemoryRow.seq,
-                MemoryLabelRow.label.not_in(_any("labels")),
-            )
-            .exists()
-        )
-        conditions.append(~foreign)
+        conditions.append(~foreign_label())
     return and_(*conditions)
 
 
@@ -210,56 +201,66 @@ def _bound(scope: Scope) -> dict[str, Any]:
     return bound
 
 
-_FACTS = (
+_FACTS = Prepared(
     select(
         MemoryRow.seq,
         MemoryRow.created_at,
-        MemoryRow.source,
+        MemoryRow.source["created_at"].as_string(),
         MemoryUsageRow.hits,
         MemoryUsageRow.last_used_at,
     )
     .outerjoin(MemoryUsageRow, MemoryUsageRow.memory_seq == MemoryRow.seq)
-    .where(MemoryRow.seq.in_(_any("seqs")))
+    .where(one_of(MemoryRow.seq, "seqs"))
 )
 
-_AUTHORED = select(EntityRow.memory_seq).where(
-    EntityRow.cube_id.in_(_any("cubes")),
-    EntityRow.entity.in_(_any("entities")),
-    EntityRow.memory_seq.in_(_any("seqs")),
+_VECTORS = Prepared(
+    select(VectorRow.memory_seq, VectorRow.vector).where(
+        one_of(VectorRow.memory_seq, "seqs"), VectorRow.embedder == bindparam("embedder")
+    )
+)
+
+_AUTHORED = Prepared(
+    select(EntityRow.memory_seq).where(
+        one_of(EntityRow.cube_id, "cubes"),
+        one_of(EntityRow.entity, "entities"),
+        one_of(EntityRow.memory_seq, "seqs"),
+    )
 )
 
 
 @cache
 def _memories_in_scope(labelled: bool) -> Select[Any]:
-    return select(MemoryRow).where(MemoryRow.seq.in_(_any("seqs")), _in_scope(labelled=labelled))
+    return select(MemoryRow).where(one_of(MemoryRow.seq, "seqs"), _in_scope(labelled=labelled))
 
 
 @cache
-def _seqs_in_scope(labelled: bool) -> Select[Any]:
-    return select(MemoryRow.seq).where(
-        MemoryRow.seq.in_(_any("seqs")), _in_scope(labelled=labelled)
+def _seqs_in_scope(labelled: bool) -> Prepared:
+    return Prepared(
+        select(MemoryRow.seq).where(one_of(MemoryRow.seq, "seqs"), _in_scope(labelled=labelled))
     )
 
 
 @cache
-def _which_authored(names: int, labelled: bool) -> CompoundSelect[Any]:
+def _which_authored(names: int, labelled: bool) -> Prepared:
     """The places of those of so many names that some author in the scope has.
 
     One memory of each is looked for: there may be as many as there are memories.
     """
-    return union_all(
-        *(
-            select(literal(place)).where(
-                select(EntityRow.memory_seq)
-                .join(MemoryRow, MemoryRow.seq == EntityRow.memory_seq)
-                .where(
-                    EntityRow.cube_id.in_(_any("cubes")),
-                    EntityRow.entity == bindparam(f"entity{place}"),
-                    _in_scope(labelled=labelled),
+    return Prepared(
+        union_all(
+            *(
+                select(literal(place)).where(
+                    select(EntityRow.memory_seq)
+                    .join(MemoryRow, MemoryRow.seq == EntityRow.memory_seq)
+                    .where(
+                        one_of(EntityRow.cube_id, "cubes"),
+                        EntityRow.entity == bindparam(f"entity{place}"),
+                        _in_scope(labelled=labelled),
+                    )
+                    .exists()
                 )
-                .exists()
+                for place in range(names)
             )
-            for place in range(names)
         )
     )
 
@@ -270,13 +271,12 @@ def _all_edges() -> CompoundSelect[Any]:
     A memory has few edges of its own, and may be the target of as many as there are memories:
     every chunk leads to its document. Of those only the strongest of each kind are taken.
     """
-    seqs = _any("seqs")
     parts: list[Any] = []
     for origin, target, kind, weight in (
         (EdgeRow.memory_seq, EdgeRow.target_seq, EdgeRow.kind, EdgeRow.weight),
         (LineageRow.memory_seq, LineageRow.target_seq, LineageRow.relation, literal(1.0)),
     ):
-        parts.append(select(origin, target, kind, weight, literal(1)).where(origin.in_(seqs)))
+        parts.append(select(origin, target, kind, weight, literal(1)).where(one_of(origin, "seqs")))
         place = func.row_number().over(
             partition_by=(target, kind), order_by=(weight.desc(), origin)
         )
@@ -288,7 +288,7 @@ def _all_edges() -> CompoundSelect[Any]:
                 weight.label("weight"),
                 place.label("place"),
             )
-            .where(target.in_(seqs))
+            .where(one_of(target, "seqs"))
             .subquery()
             .c
         )
@@ -300,51 +300,53 @@ def _all_edges() -> CompoundSelect[Any]:
     return union_all(*parts)
 
 
-_EDGES = _all_edges()
+_EDGES = Prepared(_all_edges())
 
 
-def _all_mentions() -> Executable:
-    """What some memories mention, each with those who share it, one more than may at most.
+def _all_mentions() -> Select[Any]:
+    """What some memories mention, once for each memory that does, where these are few.
 
-    So that what everyone mentions costs no more than what is rare.
+    What everyone mentions costs a look at one more than may be, and no more.
     """
-    own, other = aliased(EntityRow), aliased(EntityRow)
+    own, other, sharer = aliased(EntityRow), aliased(EntityRow), aliased(EntityRow)
     mentioned = (
         select(own.cube_id, own.entity)
-        .where(own.memory_seq.in_(_any("seqs")), ~own.entity.startswith(AUTHOR_PREFIX))
+        .where(one_of(own.memory_seq, "seqs"), ~own.entity.startswith(AUTHOR_PREFIX))
         .distinct()
         .subquery()
+        .c
     )
-    few = (
+    one_too_many = (
         select(other.memory_seq)
-        .where(other.cube_id == mentioned.c.cube_id, other.entity == mentioned.c.entity)
-        .limit(bindparam("most") + 1)
-        .correlate(mentioned)
-        .subquery()
+        .where(other.cube_id == mentioned.cube_id, other.entity == mentioned.entity)
+        .limit(1)
+        .offset(bindparam("most"))
+        .exists()
     )
-    sharers = select(func.aggregate_strings(cast(few.c.memory_seq, String), ",")).scalar_subquery()
-    return select(mentioned.c.entity, sharers)
+    return (
+        select(mentioned.cube_id, mentioned.entity, sharer.memory_seq)
+        .join(sharer, and_(sharer.cube_id == mentioned.cube_id, sharer.entity == mentioned.entity))
+        .where(~one_too_many)
+    )
 
 
-_MENTIONS = _all_mentions()
+_MENTIONS = Prepared(_all_mentions())
 
 
 def _edges(session: Session, seqs: Sequence[int]) -> list[Link]:
     named: Mapping[Any, str] = LINEAGE_KINDS
     return [
         Link(origin, target, named.get(kind, kind), weight, bool(along))
-        for origin, target, kind, weight, along in session.execute(_EDGES, {"seqs": list(seqs)})
+        for origin, target, kind, weight, along in _EDGES.rows(session, {"seqs": seqs})
     ]
 
 
 def _shared(session: Session, seqs: Sequence[int], *, most: int) -> list[tuple[str, list[int]]]:
     """What some of `seqs` mention, and who else does, where these are 2 to `most` memories."""
-    found: list[tuple[str, list[int]]] = []
-    for entity, joined in session.execute(_MENTIONS, {"seqs": list(seqs), "most": most}):
-        sharers = [int(number) for number in joined.split(",")]
-        if 2 <= len(sharers) <= most:
-            found.append((entity, sharers))
-    return found
+    sharers: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for cube_id, entity, seq in _MENTIONS.rows(session, {"seqs": seqs, "most": most}):
+        sharers[cube_id, entity].append(seq)
+    return [(entity, found) for (_, entity), found in sharers.items() if len(found) > 1]
 
 
 def _mentions(
@@ -372,17 +374,22 @@ def _seen(session: Session, scope: Scope, seqs: Collection[int]) -> set[int]:
     """Those of `seqs` that lie in the scope."""
     if not seqs:
         return set()
-    statement, bound = _seqs_in_scope(scope.labels is not None), _bound(scope)
-    return {
-        seq
-        for part in in_parts(seqs)
-        for seq in session.scalars(statement, {"seqs": part, **bound})
-    }
+    statement = _seqs_in_scope(scope.labels is not None)
+    return set(statement.values(session, {"seqs": seqs, **_bound(scope)}))
 
 
-def _as_seen(session: Session, cube_id: str, scope: Scope) -> OpenCube:
-    role = Role.OWNER if scope.labels is None else Role.READER
-    return OpenCube(session.get_one(CubeRow, cube_id), role, scope.labels or frozenset())
+@dataclass(frozen=True, slots=True)
+class _CubeInScope:
+    """A cube as far as a search may look into it."""
+
+    cube_id: str
+    role: Role
+    labels: frozenset[str]
+
+    @classmethod
+    def of(cls, cube_id: str, scope: Scope) -> _CubeInScope:
+        role = Role.OWNER if scope.labels is None else Role.READER
+        return cls(cube_id, role, scope.labels or frozenset())
 
 
 def _bounded(links: Iterable[Link], fan_out: int) -> list[Link]:
@@ -396,6 +403,5 @@ def _bounded(links: Iterable[Link], fan_out: int) -> list[Link]:
     return [link for group in kept.values() for link in group.values()]
 
 
-def _said_at(source: Mapping[str, str | None]) -> datetime | None:
-    said_at = source.get("created_at")
+def _said_at(said_at: str | None) -> datetime | None:
     return None if said_at is None else datetime.fromisoformat(said_at)

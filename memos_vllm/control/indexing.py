@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import cache
-from typing import Any
 
-from sqlalchemy import BigInteger, Select, bindparam, delete, func, insert, select
+from sqlalchemy import BigInteger, bindparam, delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import open_cube
 from memos_vllm.control.jobs import queue_job
 from memos_vllm.control.service import Service
+from memos_vllm.control.sql import Prepared, one_of
 from memos_vllm.control.tables import (
     EntityRow,
     IndexRow,
@@ -307,12 +307,12 @@ def backlog(
     asked: dict[str, object] = {"name": name, "applied": applied, "up_to": up_to}
     if cube_ids is not None:
         asked["cubes"] = list(cube_ids)
-    row = session.execute(_backlog_of(cube_ids is not None), asked).one_or_none()
-    return IndexBacklog(0, 0) if row is None else IndexBacklog(*row)
+    rows = _backlog_of(cube_ids is not None).rows(session, asked)
+    return IndexBacklog(*rows[0]) if rows else IndexBacklog(0, 0)
 
 
 @cache
-def _backlog_of(some_cubes: bool) -> Select[Any]:
+def _backlog_of(some_cubes: bool) -> Prepared:
     """Built once: every search asks."""
     given = {key: bindparam(key, type_=BigInteger) for key in ("applied", "up_to")}
     changes = (
@@ -324,13 +324,14 @@ def _backlog_of(some_cubes: bool) -> Select[Any]:
     # None are beyond a walk that is over: its NULL compares with nothing.
     memories = select(func.count()).select_from(MemoryRow).where(MemoryRow.seq > IndexRow.walked)
     if some_cubes:
-        cubes: Any = bindparam("cubes", expanding=True)
-        changes = changes.where(OutboxRow.cube_id.in_(cubes))
-        memories = memories.where(MemoryRow.cube_id.in_(cubes))
-    return select(
-        changes.correlate(IndexRow).scalar_subquery(),
-        memories.correlate(IndexRow).scalar_subquery(),
-    ).where(IndexRow.name == bindparam("name"))
+        changes = changes.where(one_of(OutboxRow.cube_id, "cubes"))
+        memories = memories.where(one_of(MemoryRow.cube_id, "cubes"))
+    return Prepared(
+        select(
+            changes.correlate(IndexRow).scalar_subquery(),
+            memories.correlate(IndexRow).scalar_subquery(),
+        ).where(IndexRow.name == bindparam("name"))
+    )
 
 
 def _known(session: Session, name: str) -> IndexRow:

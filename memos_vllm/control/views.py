@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any
 
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import (
+    CompoundSelect,
+    String,
+    bindparam,
+    func,
+    null,
+    select,
+    type_coerce,
+    union_all,
+)
 from sqlalchemy.orm import Session
 
-from memos_vllm.control.access import OpenCube, visible
+from memos_vllm.control.access import OpenCube, SeenCube, foreign_label, visible
 from memos_vllm.control.composition import activations
+from memos_vllm.control.sql import Prepared, one_of, unindexed
 from memos_vllm.control.tables import (
     EdgeRow,
     JobRow,
@@ -65,22 +75,23 @@ def source_from_json(stored: Mapping[str, Any]) -> Source:
     )
 
 
-_USAGE = select(MemoryUsageRow.memory_seq, MemoryUsageRow.hits, MemoryUsageRow.last_used_at).where(
-    MemoryUsageRow.memory_seq.in_(bindparam("seqs", expanding=True))
+_USAGE = Prepared(
+    select(MemoryUsageRow.memory_seq, MemoryUsageRow.hits, MemoryUsageRow.last_used_at).where(
+        one_of(MemoryUsageRow.memory_seq, "seqs")
+    )
 )
 
 
-def load_memories(session: Session, cube: OpenCube, rows: Sequence[MemoryRow]) -> list[Memory]:
-    """Rows of one cube with edges, lineage and usage, in three queries for all of them.
+def load_memories(session: Session, cube: SeenCube, rows: Sequence[MemoryRow]) -> list[Memory]:
+    """Rows of one cube with edges, lineage and usage, in two queries for all of them.
 
     Edges and lineage to a memory that the actor may not see are left out.
     """
     seqs = [row.seq for row in rows]
-    edges = _edges(session, cube, seqs)
-    lineage = _lineage(session, cube, seqs)
+    edges, lineage = _relations(session, cube, seqs)
     usage = {
         seq: Usage(hits=hits, last_used_at=at)
-        for seq, hits, at in session.execute(_USAGE, {"seqs": seqs})
+        for seq, hits, at in _USAGE.rows(session, {"seqs": seqs})
     }
     return [
         to_memory(
@@ -118,56 +129,63 @@ def to_memory(row: MemoryRow, *, edges: tuple[Edge, ...], lineage: Lineage, usag
 
 
 @cache
-def _all_edges(everything: bool) -> Any:
-    """Edges of some memories; without `everything` to be narrowed to what may be seen."""
-    query = (
-        select(EdgeRow.memory_seq, EdgeRow.kind, MemoryRow.id, EdgeRow.weight)
-        .join(MemoryRow, MemoryRow.seq == EdgeRow.target_seq)
-        .where(EdgeRow.memory_seq.in_(bindparam("seqs", expanding=True)))
-        .order_by(EdgeRow.memory_seq, EdgeRow.rank)
-    )
-    return query.where(MemoryRow.cube_id == bindparam("cube")) if everything else query
-
-
-@cache
-def _all_lineage(everything: bool) -> Any:
-    query = (
-        select(LineageRow.memory_seq, LineageRow.relation, MemoryRow.id)
-        .join(MemoryRow, MemoryRow.seq == LineageRow.target_seq)
-        .where(LineageRow.memory_seq.in_(bindparam("seqs", expanding=True)))
-        .order_by(LineageRow.memory_seq, MemoryRow.seq)
-    )
-    return query.where(MemoryRow.cube_id == bindparam("cube")) if everything else query
-
-
-def _ask(
-    session: Session, cube: OpenCube, statement: Callable[[bool], Any], seqs: list[int]
-) -> Any:
-    """Run a statement on what the actor may see; an owner's is built only once."""
-    if cube.role is Role.OWNER:
-        return session.execute(statement(True), {"seqs": seqs, "cube": cube.row.id})
-    return session.execute(statement(False).where(visible(cube)), {"seqs": seqs})
-
-
-def _edges(session: Session, cube: OpenCube, seqs: list[int]) -> dict[int, tuple[Edge, ...]]:
-    found: dict[int, list[Edge]] = defaultdict(list)
-    for seq, kind, target, weight in _ask(session, cube, _all_edges, seqs):
-        found[seq].append(Edge(kind, MemoryId(target), weight))
-    return {seq: tuple(edges) for seq, edges in found.items()}
-
-
-def _lineage(session: Session, cube: OpenCube, seqs: list[int]) -> dict[int, Lineage]:
-    found: dict[int, dict[Relation, list[MemoryId]]] = defaultdict(lambda: defaultdict(list))
-    for seq, relation, target in _ask(session, cube, _all_lineage, seqs):
-        found[seq][relation].append(MemoryId(target))
-    return {
-        seq: Lineage(
-            derived_from=tuple(by_relation[Relation.DERIVED_FROM]),
-            merged_into=next(iter(by_relation[Relation.MERGED_INTO]), None),
-            supersedes=tuple(by_relation[Relation.SUPERSEDES]),
+def _all_relations(labelled: bool) -> Prepared:
+    """Edges and lineage of some memories, the latter without a weight; built once."""
+    edges = (
+        select(
+            EdgeRow.memory_seq.label("origin"),
+            EdgeRow.kind,
+            MemoryRow.id,
+            EdgeRow.weight,
+            EdgeRow.rank.label("place"),
         )
-        for seq, by_relation in found.items()
-    }
+        .join(MemoryRow, MemoryRow.seq == EdgeRow.target_seq)
+        .where(one_of(EdgeRow.memory_seq, "seqs"))
+    )
+    lineage = (
+        select(
+            LineageRow.memory_seq,
+            # As text: in a union, SQLAlchemy reads both by the first one's type.
+            type_coerce(LineageRow.relation, String),
+            MemoryRow.id,
+            null(),
+            MemoryRow.seq,
+        )
+        .join(MemoryRow, MemoryRow.seq == LineageRow.target_seq)
+        .where(one_of(LineageRow.memory_seq, "seqs"))
+    )
+    here = [unindexed(MemoryRow.cube_id) == bindparam("cube")]
+    if labelled:
+        here.append(~foreign_label())
+    both: CompoundSelect[Any] = union_all(edges.where(*here), lineage.where(*here))
+    return Prepared(both.order_by("origin", "place"))
+
+
+def _relations(
+    session: Session, cube: SeenCube, seqs: list[int]
+) -> tuple[dict[int, tuple[Edge, ...]], dict[int, Lineage]]:
+    labelled = cube.role is not Role.OWNER
+    asked: dict[str, Any] = {"seqs": seqs, "cube": cube.cube_id}
+    if labelled:
+        asked["labels"] = sorted(cube.labels)
+    edges: dict[int, list[Edge]] = defaultdict(list)
+    lineage: dict[int, dict[str, list[MemoryId]]] = defaultdict(lambda: defaultdict(list))
+    for seq, kind, target, weight, _ in _all_relations(labelled).rows(session, asked):
+        if weight is None:
+            lineage[seq][kind].append(MemoryId(target))
+        else:
+            edges[seq].append(Edge(kind, MemoryId(target), weight))
+    return (
+        {seq: tuple(found) for seq, found in edges.items()},
+        {
+            seq: Lineage(
+                derived_from=tuple(by_relation[Relation.DERIVED_FROM]),
+                merged_into=next(iter(by_relation[Relation.MERGED_INTO]), None),
+                supersedes=tuple(by_relation[Relation.SUPERSEDES]),
+            )
+            for seq, by_relation in lineage.items()
+        },
+    )
 
 
 def to_version(memory_id: str, row: MemoryVersionRow) -> MemoryVersion:

@@ -13,6 +13,7 @@ from pathlib import Path
 from memos_vllm.config import default_models_dir
 from memos_vllm.errors import ConfigurationError
 from memos_vllm.models.gguf_import import WRITTEN_FILES, import_gguf
+from memos_vllm.models.int8_products import multiply_as_int8
 from memos_vllm.models.packaged import (
     PackagedFile,
     PackagedModel,
@@ -26,6 +27,11 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 def _convert_gguf(sources: Sequence[Path], folder: Path) -> None:
     import_gguf(sources[0], folder)
+
+
+def _prepare_minilm(sources: Sequence[Path], folder: Path) -> None:
+    copy_files(sources, folder)
+    multiply_as_int8(folder / "model.onnx", folder / "model-int8.onnx")
 
 
 # Language models, which vLLM serves.
@@ -67,10 +73,10 @@ KNOWN_EMBEDDERS = {
                 download_mb=84,
             ),
         ),
-        files=("model.onnx", "tokenizer.json"),
-        recipe=1,
-        build=copy_files,
-        step="copying the model and its tokenizer",
+        files=("model.onnx", "model-int8.onnx", "tokenizer.json"),
+        recipe=2,
+        build=_prepare_minilm,
+        step="writing the model, as it is and with int8 products",
     ),
 }
 

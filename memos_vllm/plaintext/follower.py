@@ -31,6 +31,7 @@ from memos_vllm.domain.indexing import (
 )
 from memos_vllm.domain.scope import FilterFields
 from memos_vllm.errors import InvalidRequest, TooLarge, Unavailable
+from memos_vllm.plaintext import packing
 from memos_vllm.plaintext.document import IndexedText, indexed_text
 from memos_vllm.plaintext.embedders.base import Embedder
 from memos_vllm.plaintext.entities import entities_of
@@ -353,7 +354,7 @@ class Follower:
         computed = self._embed([texts[place].dense for place in new])
         for place, computed_vector in zip(new, computed, strict=True):
             if computed_vector is not None:
-                packed[place] = computed_vector.astype("<f2").tobytes()
+                packed[place] = packing.packed(computed_vector)
         self._catalog.keep_derived(
             [
                 _derived(item, digest, vector)
@@ -364,7 +365,7 @@ class Follower:
         )
         # What has no vector is found by its words.
         nothing = np.zeros(self.embedder.dimension, np.float32)
-        return [nothing if vector is None else _unpacked(vector) for vector in packed]
+        return [nothing if vector is None else packing.unpacked(vector) for vector in packed]
 
     def _embed(self, texts: Sequence[str]) -> list[DenseVector | None]:
         """A vector for each text, None for those that the embedder refuses."""
@@ -417,10 +418,3 @@ def _derived(item: MemoryToIndex, digest: bytes, vector: bytes | None) -> Derive
         vector=vector,
         entities=tuple(entities_of(memory.text, author=memory.source.author)),
     )
-
-
-def _unpacked(vector: bytes) -> DenseVector:
-    """A stored vector, brought back to length 1; zeros stay."""
-    dense = np.frombuffer(vector, dtype="<f2").astype(np.float32)
-    length = float(np.linalg.norm(dense))
-    return dense / length if length else dense

@@ -22,10 +22,18 @@ class QueryEmbedder(Protocol):
 class MemoryGraph(Protocol):
     """The catalog as a ranking sees it: only memories of one scope."""
 
-    def links(self, seqs: Sequence[int], *, fan_out: int, max_mentions: int) -> Sequence[Link]:
+    def links(
+        self,
+        seqs: Sequence[int],
+        *,
+        fan_out: int,
+        mentioning: Sequence[int] = (),
+        max_mentions: int = 0,
+    ) -> Sequence[Link]:
         """Edges to and from `seqs`, at most `fan_out` of each kind and direction for each.
 
-        `max_mentions` is how many memories may share what links them; 0 asks for no mentions.
+        Those of `mentioning` are linked by what they mention, too, where at most `max_mentions`
+        memories share it.
         """
         ...
 
@@ -39,6 +47,10 @@ class MemoryGraph(Protocol):
 
     def authored(self, names: Collection[str], seqs: Sequence[int]) -> Collection[int]:
         """Which of `seqs` are by an author with one of these names."""
+        ...
+
+    def vectors(self, seqs: Sequence[int]) -> npt.NDArray[np.float32]:
+        """[n, dim] what the index's embedder made of them, of length 1; 0 where there is none."""
         ...
 
     def texts(self, seqs: Sequence[int]) -> Mapping[int, str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TypeVar
 
 from memos_vllm.domain.access import Principal
 from memos_vllm.domain.filters import matches
-from memos_vllm.domain.finding import Facts, Link, SearchScope
 from memos_vllm.domain.indexing import IndexBacklog
 from memos_vllm.domain.memory import Memory
 from memos_vllm.domain.scope import FilterFields, Scope
@@ -18,11 +17,12 @@ from memos_vllm.domain.search import Hop, SearchHit, SearchQuery, SearchResult, 
 from memos_vllm.errors import Unavailable
 from memos_vllm.plaintext.embedders.base import Embedder
 from memos_vllm.plaintext.embedders.words_only import WordsOnly
-from memos_vllm.plaintext.follower import Follower, IndexedCatalog
+from memos_vllm.plaintext.follower import Follower
 from memos_vllm.plaintext.index.base import IndexStore
 from memos_vllm.plaintext.indexer import Collections, Indexer
 from memos_vllm.plaintext.rerankers import Reranker
 from memos_vllm.plaintext.retrieval import RankedMemory, Retriever
+from memos_vllm.plaintext.scoped_graph import ScopedGraph, SearchedCatalog
 
 # After a batch of writes, a search that would miss them waits this long for the index.
 CATCH_UP_SECONDS = 10.0
@@ -31,21 +31,7 @@ _MEMORIES_WAITED_FOR = 1000
 _LOOK_SECONDS = 0.5
 _READY = "ready"
 
-
-class SearchedCatalog(IndexedCatalog, Protocol):
-    """The catalog as a search sees it; `memos_vllm.control.finding` says what each does."""
-
-    def snapshot(self) -> AbstractContextManager[None]: ...
-    def search_scope(
-        self, actor: Principal, cube_ids: Sequence[str], *, index: str | None
-    ) -> SearchScope: ...
-    def links(
-        self, scope: Scope, seqs: Sequence[int], *, fan_out: int, max_mentions: int
-    ) -> list[Link]: ...
-    def facts(self, seqs: Sequence[int]) -> Mapping[int, Facts]: ...
-    def authors(self, scope: Scope, names: Collection[str]) -> set[str]: ...
-    def authored(self, scope: Scope, names: Collection[str], seqs: Collection[int]) -> set[int]: ...
-    def load_found(self, scope: Scope, seqs: Sequence[int]) -> dict[int, Memory]: ...
+T = TypeVar("T")
 
 
 class PlaintextStore:
@@ -107,11 +93,13 @@ class PlaintextStore:
             Unavailable: the index or the embedder is down.
         """
         checked_query(query)
-        # Asked before the index is: who may not read learns nothing of the index either.
-        found = self._catalog.search_scope(actor, cube_ids, index=None)
-        collection = self._collection()
-        backlog, waited = self._catch_up(collection, cube_ids, catch_up_seconds)
-        if waited:
+        with self._catalog.snapshot():
+            # Asked before the index is: who may not read learns nothing of the index either.
+            found = self._catalog.search_scope(actor, cube_ids, index=None)
+            collection = self._collection()
+            backlog = self._left(collection, cube_ids)
+        if not _is_all(backlog):
+            backlog = self._catch_up(collection, cube_ids, catch_up_seconds)
             # Cubes, grants and the time may not be what they were.
             found = self._catalog.search_scope(actor, cube_ids, index=None)
         ranked = self._rank(found.scope, query)
@@ -158,7 +146,8 @@ class PlaintextStore:
                     "collection": one.name,
                     "embedder": one.embedder.key,
                     "dimension": one.embedder.dimension,
-                    "points": _count(one),
+                    "points": _asked(one.index.count),
+                    "optimizing": _asked(one.index.optimizing),
                     "changes_left": left.changes,
                     "memories_left": left.memories,
                     "problem": collections.problem_of(one),
@@ -175,7 +164,9 @@ class PlaintextStore:
                         if collection.embedder.key == WordsOnly.key
                         else collection.embedder,
                         index=collection.index,
-                        graph=_ScopedGraph(self._catalog, scope, snapshot),
+                        graph=ScopedGraph(
+                            self._catalog, scope, snapshot, embedder=collection.embedder
+                        ),
                         reranker=self._reranker,
                     )
                     return retriever.search(
@@ -241,16 +232,14 @@ class PlaintextStore:
 
     def _catch_up(
         self, collection: Follower, cube_ids: Sequence[str], seconds: float
-    ) -> tuple[IndexBacklog, bool]:
+    ) -> IndexBacklog:
         """Wait for what was written until now, not for what others go on writing.
 
         Returns:
-            What is left, and whether anything was waited for.
+            What is left.
         """
-        left = self._left(collection, cube_ids)
-        if _is_all(left):
-            return left, False
         newest = self._catalog.newest_change()
+        left = IndexBacklog(0, 0)
 
         def done() -> bool:
             nonlocal left
@@ -262,7 +251,7 @@ class PlaintextStore:
 
         self._indexer.wake()
         self._steps.wait_until(done, seconds)
-        return left, True
+        return left
 
 
 class _Steps:
@@ -291,42 +280,6 @@ class _Steps:
             with self._changed:
                 if self._count == before:
                     self._changed.wait(min(left, _LOOK_SECONDS))
-
-
-class _ScopedGraph:
-    """The catalog's edges, of what one caller may see.
-
-    Args:
-        snapshot: holds the state of the catalog that edges and priors are read from. Before and
-            after them another server may be asked, to embed and to rerank, for which no snapshot
-            is kept open: erasing waits for it to be closed.
-    """
-
-    def __init__(self, catalog: SearchedCatalog, scope: Scope, snapshot: ExitStack) -> None:
-        self._catalog = catalog
-        self._scope = scope
-        self._snapshot = snapshot
-        self._begun = False
-
-    def links(self, seqs: Sequence[int], *, fan_out: int, max_mentions: int) -> list[Link]:
-        if not self._begun:
-            self._snapshot.enter_context(self._catalog.snapshot())
-            self._begun = True
-        return self._catalog.links(self._scope, seqs, fan_out=fan_out, max_mentions=max_mentions)
-
-    def facts(self, seqs: Sequence[int]) -> Mapping[int, Facts]:
-        return self._catalog.facts(seqs)
-
-    def authors(self, names: Sequence[str]) -> set[str]:
-        return self._catalog.authors(self._scope, names)
-
-    def authored(self, names: Collection[str], seqs: Sequence[int]) -> set[int]:
-        return self._catalog.authored(self._scope, names, seqs)
-
-    def texts(self, seqs: Sequence[int]) -> Mapping[int, str]:
-        self._snapshot.close()
-        found = self._catalog.load_found(self._scope, seqs)
-        return {seq: memory.text for seq, memory in found.items()}
 
 
 def _is_all(left: IndexBacklog) -> bool:
@@ -360,9 +313,10 @@ def _hit(entry: RankedMemory, memories: Mapping[int, Memory]) -> SearchHit:
     return SearchHit(memories[entry.seq], entry.score, scores, via)
 
 
-def _count(collection: Follower) -> int | None:
+def _asked(question: Callable[[], T]) -> T | None:
+    """The index's answer; None while it is down."""
     try:
-        return collection.index.count()
+        return question()
     except Unavailable:
         return None
 

@@ -38,7 +38,7 @@ def walk_from(
 ) -> Walk:
     """Ask the graph for the edges of the best hits, and from the second hop on of their ends.
 
-    One call of `graph.links` a hop, and one more for the mentions of the very best.
+    One call of `graph.links` a hop.
     """
     if hops < 1 or not hits:
         return Walk([], [])
@@ -49,7 +49,11 @@ def walk_from(
     reached: dict[int, float] = {}
     links: list[Link] = []
     for hop in range(hops):
-        newest = _edges(graph, front, mentions=hop == 0)
+        # Of the very best also by what they mention.
+        mentioning = front[:MENTIONING_SEEDS] if hop == 0 else []
+        newest = graph.links(
+            front, fan_out=FAN_OUT, mentioning=mentioning, max_mentions=MAX_MENTIONS
+        )
         links += newest
         carried = _carried(carried, newest, decay=HOP_DECAY if hop else 1.0)
         for seq, value in carried.items():
@@ -59,16 +63,6 @@ def walk_from(
             break
         expanded.update(front)
     return Walk(links, _strongest(reached, max(MAX_REACHED, top_k), apart_from=hits))
-
-
-def _edges(graph: MemoryGraph, seqs: Sequence[int], *, mentions: bool) -> list[Link]:
-    split = MENTIONING_SEEDS if mentions else 0
-    links: list[Link] = []
-    if seqs[:split]:
-        links += graph.links(seqs[:split], fan_out=FAN_OUT, max_mentions=MAX_MENTIONS)
-    if seqs[split:]:
-        links += graph.links(seqs[split:], fan_out=FAN_OUT, max_mentions=0)
-    return links
 
 
 def _estimate(hits: Sequence[Hit], weights: Weights) -> tuple[list[int], Floats]:

@@ -189,19 +189,16 @@ class FakeIndex:
         *,
         dense_limit: int,
         sparse_limit: int,
-        with_vectors: bool = False,
     ) -> list[Hit]:
         with self._call() as held:
             dense = _best(held.dense_scores(query), dense_limit)
             sparse = _best(held.sparse_scores(query), sparse_limit)
             return [
-                self._hit(held.points[seq], dense.get(seq), sparse.get(seq), with_vectors)
+                self._hit(held.points[seq], dense.get(seq), sparse.get(seq))
                 for seq in [*dense, *(seq for seq in sparse if seq not in dense)]
             ]
 
-    def score(
-        self, seqs: Sequence[int], query: IndexQuery, *, with_vectors: bool = False
-    ) -> list[Hit]:
+    def score(self, seqs: Sequence[int], query: IndexQuery) -> list[Hit]:
         with self._call() as held:
             by_terms = held.sparse_scores(query)
             return [
@@ -209,18 +206,14 @@ class FakeIndex:
                     point,
                     None if query.dense is None else cosine(query.dense, point.dense),
                     None if query.sparse is None else by_terms.get(point.seq, 0.0),
-                    with_vectors,
                 )
                 for point in held.passing(query)
                 if point.seq in set(seqs)
             ]
 
     @staticmethod
-    def _hit(
-        point: IndexPoint, dense: float | None, sparse: float | None, with_vectors: bool
-    ) -> Hit:
-        vector = point.dense if with_vectors else None
-        return Hit(point.seq, point.version, point.cube_id, dense, sparse, vector)
+    def _hit(point: IndexPoint, dense: float | None, sparse: float | None) -> Hit:
+        return Hit(point.seq, point.version, point.cube_id, dense, sparse)
 
     def versions(
         self, *, after: int = 0, limit: int = 1000, cube_id: CubeId | None = None
@@ -247,6 +240,9 @@ class FakeIndex:
 
     def optimize(self) -> None:
         pass
+
+    def optimizing(self) -> bool:
+        return False
 
     def close(self) -> None:
         if not self._closed:

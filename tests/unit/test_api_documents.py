@@ -18,6 +18,7 @@ from api_plaintext_kit import Part, form, grant, new_cube, post_form, unchanged,
 from ingest_samples import docx, pdf, pdf_with, word_paragraph
 
 from memos_vllm.api import documents
+from memos_vllm.api.threads import Threads
 from memos_vllm.domain.access import Role
 from memos_vllm.errors import Unavailable
 
@@ -489,7 +490,7 @@ async def test_uploads_wait_for_each_other_up_to_a_number(
         return parse(*args, **kwargs)
 
     monkeypatch.setattr(documents, "ingest_document", slowly)
-    monkeypatch.setattr(documents, "_MAX_WAITING", 1)
+    monkeypatch.setattr(documents, "_PARSERS", Threads(1, waiting=1, refusal="try again"))
     waiting = [
         asyncio.create_task(upload(served, cube, f"Text {n}.", f"{n}.txt")) for n in range(3)
     ]

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from api_harness import FakeGateway, Served, build_app, error_of, serve
 from api_plaintext_kit import grant, new_cube, unchanged
+from model_server import running_server
 
 from memos_vllm.config import ServerSettings
 from memos_vllm.domain.access import Role
@@ -340,3 +341,31 @@ async def test_without_an_index_searches_are_503_and_memories_are_added_all_the_
         added = await client.post(f"{url}/memories", json={"memories": [{"text": REFUNDS}]})
         assert added.status_code == 201
     assert texts(await find(served, cube, "refunds")) == [REFUNDS]
+
+
+async def test_an_embedder_that_answers_another_dimension_is_a_409_that_says_what_to_do(
+    served: Served, cube: str, tmp_path: Path
+) -> None:
+    with running_server() as server:
+        settings = ServerSettings(data_dir=tmp_path, embedder=f"openai:tiny@{server.url}/v1")
+        plaintext = open_plaintext(settings, served.mos)
+        plaintext.start()
+        try:
+            app = build_app(lambda: served.mos, FakeGateway, lambda: plaintext)
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+                url = f"/v1/memcubes/{cube}"
+                await client.post(f"{url}/memories", json={"memories": [{"text": REFUNDS}]})
+                assert await asyncio.to_thread(plaintext.wait_until_indexed, cube, seconds=20)
+                server.dimension += 1
+                reply = await client.post(f"{url}/search", json={"query": "refunds"})
+                assert "embed all memories" in error_of(reply, 409)["message"]
+                # What is written meanwhile waits, and is found once the model is back.
+                added = await client.post(f"{url}/memories", json={"memories": [{"text": "Hi."}]})
+                assert added.status_code == 201
+                server.dimension -= 1
+                assert await asyncio.to_thread(plaintext.wait_until_indexed, cube, seconds=30)
+                reply = await client.post(f"{url}/search", json={"query": "hi"})
+                assert len(reply.json()["data"]) == 2
+        finally:
+            plaintext.close()

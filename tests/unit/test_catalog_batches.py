@@ -68,11 +68,11 @@ def test_a_search_looks_at_more_memories_than_a_statement_has_parameters(desk: D
 def test_a_memory_that_many_lead_to_costs_no_more_than_some(desk: Desk) -> None:
     first = put(desk, *(f"piece {number}" for number in range(90)), title="one")
     scope = desk.mos.search_scope(ADMIN, ["c"], index=None).scope
-    links = desk.mos.links(scope, [1], fan_out=1000, max_mentions=0)
+    links = desk.mos.links(scope, [1], fan_out=1000)
     assert len(links) == MAX_INCOMING < first.chunks
     assert {link.kind for link in links} == {"part-of"}
     # Lower numbers first among equals, and only those of the fan-out.
-    nearest = desk.mos.links(scope, [1], fan_out=2, max_mentions=0)
+    nearest = desk.mos.links(scope, [1], fan_out=2)
     assert [link.target for link in nearest] == [2, 3]
 
 

@@ -37,7 +37,8 @@ def scope(desk: Desk, actor: Principal = ADMIN, *cube_ids: str) -> Scope:
 
 def links(desk: Desk, *memories: Memory, actor: Principal = ADMIN, **limits: int) -> list[Link]:
     bounds = {"fan_out": 8, "max_mentions": 4} | limits
-    return desk.mos.links(scope(desk, actor), seqs(desk, *memories), **bounds)
+    origins = seqs(desk, *memories)
+    return desk.mos.links(scope(desk, actor), origins, mentioning=origins, **bounds)
 
 
 def mention(desk: Desk, entity: str, *memories: Memory) -> None:

@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 
 from memos_vllm.errors import ConfigurationError, InvalidRequest
 from memos_vllm.models import packaged
+from memos_vllm.models.int8_products import multiply_as_int8
 from memos_vllm.models.prepare import prepare
-from memos_vllm.plaintext.embedders import Embedder, create_embedder
+from memos_vllm.plaintext.embedders import Embedder, Vectors, create_embedder
 from memos_vllm.plaintext.embedders import minilm as module
-from memos_vllm.plaintext.embedders.minilm import MiniLmEncoder
+from memos_vllm.plaintext.embedders.minilm import MiniLmEncoder, has_exact_int8
 
 # Whatever is embedded beside a text. On x86 they are equal to the last bit.
 SAME = 1e-5
@@ -55,13 +56,20 @@ def some_text(num_words: int, seed: int = 0) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=num_words))
 
 
-def test_vectors_equal_mean_pooling_by_hand(embedder: Embedder, folder: Path) -> None:
+def of_length_1(vectors: Vectors) -> Vectors:
+    normal: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return normal
+
+
+def test_vectors_equal_mean_pooling_by_hand(folder: Path) -> None:
     import onnxruntime
+
+    encoder = MiniLmEncoder(folder, as_int8=False)
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     plain = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-    for text, vector in zip(TEXTS, embedder.embed(TEXTS), strict=True):
+    for text, vector in zip(TEXTS, of_length_1(encoder.encode_documents(TEXTS)), strict=True):
         ids = np.array([tokenizer.encode(text).ids])
         inputs = {
             "input_ids": ids,
@@ -70,6 +78,23 @@ def test_vectors_equal_mean_pooling_by_hand(embedder: Embedder, folder: Path) ->
         }
         mean = plain.run(None, inputs)[0][0].astype(np.float64).mean(axis=0)
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=SAME)
+
+
+def test_int8_products_turn_vectors_by_little(folder: Path) -> None:
+    texts = [*TEXTS, *(some_text(n, seed=n) for n in range(2, 120, 3))]
+    as_float, as_int8 = (
+        of_length_1(MiniLmEncoder(folder, as_int8=as_int8).encode_documents(texts))
+        for as_int8 in (False, True)
+    )
+    cosines = np.einsum("nd,nd->n", as_float, as_int8)
+    assert cosines.mean() > (0.995 if has_exact_int8() else 0.98)
+    # That of a text of one token.
+    assert cosines.min() > (0.97 if has_exact_int8() else 0.9)
+
+
+def test_a_model_without_products_to_change_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no products"):
+        multiply_as_int8(folder / "model-int8.onnx", tmp_path / "out.onnx")
 
 
 def test_what_means_the_same_is_nearer_than_what_does_not(embedder: Embedder) -> None:
@@ -248,7 +273,8 @@ def test_a_missing_package_is_named(
 
 
 def test_a_file_that_is_no_model_says_how_to_get_one(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    for name in ("model.onnx", "model-int8.onnx"):
+        (tmp_path / name).write_bytes(b"not a model")
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     with pytest.raises(ConfigurationError, match="memos-vllm models prepare"):
         MiniLmEncoder(tmp_path)

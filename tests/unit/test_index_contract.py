@@ -312,23 +312,6 @@ def test_score_answers_with_any_part_missing(
     assert (hit.version, hit.cube_id) == (1, stored.cube_id)
 
 
-def test_vectors_come_back_where_they_are_asked_for(index: VectorIndex) -> None:
-    cube = new_cube()
-    near, by_terms = point(cube, unit(3, 4)), point(cube, unit(0, 0, 1), sparse(t1=1.0))
-    index.upsert([near, by_terms])
-    query = IndexQuery(scope(cube), unit(1), sparse(t1=1.0))
-
-    found = index.search(query, dense_limit=1, sparse_limit=1, with_vectors=True)
-    scored = index.score([near.seq, by_terms.seq], query, with_vectors=True)
-
-    for hits in (found, scored):
-        got = {hit.seq: hit.vector for hit in hits}
-        for stored in (near, by_terms):
-            assert got[stored.seq] is not None
-            np.testing.assert_allclose(got[stored.seq], stored.dense, atol=1e-6)
-    assert all(hit.vector is None for hit in index.score([near.seq], query))
-
-
 def test_an_empty_query_finds_nothing(index: VectorIndex) -> None:
     stored = point(new_cube(), terms=sparse(t1=1.0))
     index.upsert([stored])

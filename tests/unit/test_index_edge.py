@@ -321,20 +321,15 @@ def test_a_collection_found_broken_by_a_new_process_is_not_taken_for_whole(
             index.count()
 
 
-def test_a_process_that_hangs_is_replaced(
-    store: EdgeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_hangs_is_replaced(folder: Path) -> None:
+    store = EdgeStore(folder, answer_seconds=0.5)
     index = store.open("a", dim=DIM)
-    assert store.pid is not None
-    monkeypatch.setattr(qdrant_edge, "_ANSWER_SECONDS", 0.3)
-    os.kill(store.pid, signal.SIGSTOP)
-    with monkeypatch.context() as patch:
-        # The new one needs longer to start than a call may take here.
-        patch.setattr(qdrant_edge, "_WORKER", "memos_vllm.no_such_module")
-        with pytest.raises(Unavailable):
-            index.count()
-    monkeypatch.undo()
+    hung = store.pid
+    assert hung is not None
+    os.kill(hung, signal.SIGSTOP)
     assert index.count() == 0
+    assert store.pid != hung
+    store.close()
 
 
 def test_the_process_ends_with_the_one_that_started_it(folder: Path) -> None:
@@ -480,6 +475,30 @@ def test_what_was_written_meanwhile_is_optimised_next(
 
     assert len(runs) == 2
     assert index.count() == 300
+
+
+def test_less_than_a_third_is_optimised_once_the_writing_has_stopped(
+    host: EdgeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge_collection, "FULL_SCAN_POINTS", 900)
+    monkeypatch.setattr(edge_collection, "_QUIET_SECONDS", 0.05)
+    index = host.open("a", dim=DIM)
+    former = edge_collection.EdgeCollection._run_optimizer
+    written = [300, 3]
+    runs: list[int] = []
+
+    def write_meanwhile(self: edge_collection.EdgeCollection, path: Path) -> None:
+        first = 2000 + 500 * len(runs)
+        index.upsert([point(CUBE, seq=first + more) for more in range(written[len(runs)])])
+        runs.append(index.count())
+        former(self, path)
+
+    monkeypatch.setattr(edge_collection.EdgeCollection, "_run_optimizer", write_meanwhile)
+    index.upsert([point(CUBE, seq=seq) for seq in range(1, 1001)])
+    index.flush()
+    wait_until_optimised(index)
+
+    assert runs == [1300, 1303]
 
 
 def test_small_cubes_are_not_optimised_until_most_of_the_disk_is_stale(

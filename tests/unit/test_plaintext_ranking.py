@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping
 
@@ -108,7 +107,7 @@ def test_a_shorter_way_wins_over_a_longer_one_that_carries_less() -> None:
 
 def test_the_kind_of_an_edge_and_its_direction_decide_what_it_carries() -> None:
     link = Link(1, 2, "supersedes", 1.0, True)
-    back = dataclasses.replace(link, forward=False)
+    back = link._replace(forward=False)
     kind = KIND_WEIGHTS["supersedes"]
     assert spread({1: 1.0}, [link], hops=1)[2].value == kind.along
     assert spread({1: 1.0}, [back], hops=1)[2].value == kind.against

@@ -79,7 +79,6 @@ class Hit(NamedTuple):
         dense: cosine of the two dense vectors, -1 to 1; None where it was not among the nearest.
         sparse: sum over shared terms of IDF * query weight * memory weight, 0 or more; None where
             it was not among the best.
-        vector: the memory's dense vector, where it was asked for.
     """
 
     seq: int
@@ -87,7 +86,6 @@ class Hit(NamedTuple):
     cube_id: CubeId
     dense: float | None = None
     sparse: float | None = None
-    vector: DenseVector | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,6 @@ class IndexReader(Protocol):
         *,
         dense_limit: int,
         sparse_limit: int,
-        with_vectors: bool = False,
     ) -> list[Hit]:
         """The nearest by dense vector and the best by terms, in one round trip.
 
@@ -123,9 +120,7 @@ class IndexReader(Protocol):
             ConfigurationError: the dense vector has another dimension than the collection.
         """
 
-    def score(
-        self, seqs: Sequence[int], query: IndexQuery, *, with_vectors: bool = False
-    ) -> list[Hit]:
+    def score(self, seqs: Sequence[int], query: IndexQuery) -> list[Hit]:
         """Exact scores of those of `seqs` that are indexed and pass scope and filter, in any order.
 
         A part of the query that is given has a score in every hit (sparse 0 where no term is
@@ -172,6 +167,9 @@ class VectorIndex(IndexReader, Protocol):
 
         May take seconds to minutes; searches go on meanwhile only where the store allows it.
         """
+
+    def optimizing(self) -> bool:
+        """Whether the store is doing that now, and searches of large cubes take longer."""
 
     def close(self) -> None:
         """Flush and let go of files and connections; closing twice is harmless."""

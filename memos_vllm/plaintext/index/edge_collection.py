@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -54,6 +55,10 @@ T = TypeVar("T")
 
 # One call of Edge: 256 points take 20 ms, during which nothing else of this process runs.
 _BATCH = 256
+# After an optimisation, what was written meanwhile is optimised as well once nothing has come for
+# so long, when it is a twentieth of all.
+_QUIET_SECONDS = 5.0
+_QUIET_SHARE = 20
 _OPTIMIZER = "memos_vllm.plaintext.index.edge_optimizer"
 
 
@@ -61,8 +66,9 @@ class EdgeCollection:
     """A `VectorIndex` in this process.
 
     Up to `FULL_SCAN_POINTS` of a cube are scanned, so small cubes never need optimising. Where one
-    is larger, the collection is optimised in the background once a third of it has changed: a copy
-    of the shard is optimised by another process, brought up to date, and takes the shard's place.
+    is larger, the collection is optimised in the background once a third of it has changed, and
+    once more when the writing has stopped: a copy of the shard is optimised by another process,
+    brought up to date, and takes the shard's place.
     """
 
     def __init__(self, folder: Path, *, dim: int) -> None:
@@ -75,7 +81,7 @@ class EdgeCollection:
         self._optimizing = threading.Lock()
         self._optimizer: subprocess.Popen[bytes] | None = None
         self._problem: Unavailable | None = None
-        self._closed = False
+        self._closing = threading.Event()
         # What changed since the shard was copied; None while no copy is being optimised.
         self._touched: set[int] | None = None
         self._gone_cubes: set[CubeId] = set()
@@ -93,19 +99,14 @@ class EdgeCollection:
         *,
         dense_limit: int,
         sparse_limit: int,
-        with_vectors: bool = False,
     ) -> list[Hit]:
         self._check_query(query)
-        planned = plan_search(
-            query, dense_limit=dense_limit, sparse_limit=sparse_limit, with_vectors=with_vectors
-        )
+        planned = plan_search(query, dense_limit=dense_limit, sparse_limit=sparse_limit)
         return merged_search(planned, self._answers(planned), dense_limit=dense_limit)
 
-    def score(
-        self, seqs: Sequence[int], query: IndexQuery, *, with_vectors: bool = False
-    ) -> list[Hit]:
+    def score(self, seqs: Sequence[int], query: IndexQuery) -> list[Hit]:
         self._check_query(query)
-        planned = plan_score(seqs, query, with_vectors=with_vectors)
+        planned = plan_score(seqs, query)
         return merged_scores(planned, self._answers(planned), query=query)
 
     def versions(
@@ -177,13 +178,13 @@ class EdgeCollection:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._closed
+        return self._closing.is_set()
 
     def close(self) -> None:
         with self._writes:
-            if self._closed:
+            if self.closed:
                 return
-            self._closed = True
+            self._closing.set()
             if self._optimizer is not None:
                 self._optimizer.kill()
             with self._reads, self._speaking("closed"):
@@ -216,7 +217,7 @@ class EdgeCollection:
                 self._touched.update(changed)
 
     def _opened(self) -> edge.EdgeShard:
-        if self._closed:
+        if self.closed:
             raise Unavailable(f"the index '{self.name}' is closed")
         return self._shard
 
@@ -224,7 +225,7 @@ class EdgeCollection:
         return speaking(self._folder.path, done)
 
     def _is_due(self) -> bool:
-        if self._changes < self._decide_at or self._closed:
+        if self._changes < self._decide_at or self.closed:
             return False
         count = self.count()
         # Small cubes gain nothing by it: 2 ms before and after with 200,000 in 2,000 cubes.
@@ -234,6 +235,21 @@ class EdgeCollection:
         self._decide_at = self._changes + FULL_SCAN_POINTS // 4
         return helps or tidies
 
+    def _is_due_again(self) -> bool:
+        """Whether enough was written meanwhile; for less, wait until the writing has stopped."""
+        known = -1
+        while not self.closed:
+            if self._is_due():
+                return True
+            changes = self._changes
+            if changes < max(self.count() // _QUIET_SHARE, _BATCH):
+                return False
+            if changes == known:
+                return self._largest_cube() > FULL_SCAN_POINTS
+            known = changes
+            self._closing.wait(_QUIET_SECONDS)
+        return False
+
     def _largest_cube(self) -> int:
         request = edge.FacetRequest("cube", limit=1)
         found = self._read(lambda shard: shard.facet(request))
@@ -242,12 +258,11 @@ class EdgeCollection:
     def _optimize_in_background(self) -> None:
         try:
             self._optimize()
-            # As much may have been written meanwhile.
-            while self._is_due():
+            while self._is_due_again():
                 self._optimize()
         except Unavailable as error:
             self._problem = error
-            if not self._closed:
+            if not self.closed:
                 # Tried again after as many changes; until then searches only take longer.
                 self._changes, self._decide_at = 0, FULL_SCAN_POINTS
                 logger.warning("memos: %s", error)
@@ -299,7 +314,7 @@ class EdgeCollection:
         try:
             caught_up = 0
             while self._touched is not None and len(self._touched) > _BATCH:
-                caught_up += self._catch_up(fresh)
+                caught_up += self._catch_up(fresh, gently=True)
             with self._writes:
                 self._opened()
                 caught_up += self._catch_up(fresh)
@@ -313,7 +328,8 @@ class EdgeCollection:
             unused.close()
         self._folder.remove_others(path)
 
-    def _catch_up(self, fresh: edge.EdgeShard) -> int:
+    def _catch_up(self, fresh: edge.EdgeShard, *, gently: bool = False) -> int:
+        """Bring what changed into `fresh`; `gently` leaves half of the time to searches."""
         with self._writes:
             touched, gone_cubes = self._touched or set(), self._gone_cubes
             self._touched, self._gone_cubes = set(), set()
@@ -321,9 +337,11 @@ class EdgeCollection:
             where = edge_filter({"must": [in_cubes([cube_id])]})
             fresh.update(edge.UpdateOperation.delete_points_by_filter(where))
         for batch in _batches(sorted(touched)):
-            wanted = list(batch)
+            wanted, began = list(batch), time.monotonic()
             records = self._read(partial(retrieve_whole, seqs=wanted))
             put_records(fresh, wanted, records)
+            if gently:
+                self._closing.wait(time.monotonic() - began)
         return len(touched)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from memos_vllm.errors import MemosError, Unavailable
 from memos_vllm.plaintext.index.base import check_collection_name
-from memos_vllm.plaintext.index.edge_calls import Answer, Call, Opened
+from memos_vllm.plaintext.index.edge_calls import Answer, Call, Opened, receive, send
 from memos_vllm.plaintext.index.edge_collection import EdgeCollection
 from memos_vllm.plaintext.index.edge_folder import CollectionFolder, FolderLock
 
@@ -69,25 +72,31 @@ class EdgeHost:
 
 def serve(connection: Connection, folder: Path, *, wait_seconds: float) -> None:
     """Answer calls, one at a time, until the caller is gone; the first answer greets it."""
-    caller = os.getppid()
+    threading.Thread(
+        target=_hang_up_after, args=(os.getppid(), connection.fileno()), daemon=True
+    ).start()
     try:
         host = EdgeHost(folder, wait_seconds=wait_seconds)
     except MemosError as error:
-        connection.send(Answer(error=error))
+        send(connection, Answer(error=error))
         return
     collections: dict[str, EdgeCollection] = {}
     try:
-        connection.send(Answer())
+        send(connection, Answer())
         while True:
-            # A process that the caller forked may keep the socket open after the caller's death.
-            while not connection.poll(_POLL_SECONDS):
-                if os.getppid() != caller:
-                    return
-            connection.send(_answer(host, collections, connection.recv()))
+            send(connection, _answer(host, collections, receive(connection)))
     except (EOFError, ConnectionError):
         pass
     finally:
         host.close()
+
+
+def _hang_up_after(caller: int, descriptor: int) -> None:
+    """End the connection once the caller is gone: a process that it forked may hold it open."""
+    with socket.socket(fileno=os.dup(descriptor)) as ours:
+        while os.getppid() == caller:
+            time.sleep(_POLL_SECONDS)
+        ours.shutdown(socket.SHUT_RDWR)
 
 
 def _answer(host: EdgeHost, collections: dict[str, EdgeCollection], call: Call) -> Answer:

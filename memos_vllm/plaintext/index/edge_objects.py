@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import qdrant_edge as edge
 
 from memos_vllm.plaintext.index.base import IndexPoint, SparseVector
@@ -77,20 +75,13 @@ def edge_query(planned: PlannedQuery) -> edge.QueryRequest:
             idf=None if corpus is None else edge.IdfParams(corpus=edge_filter(corpus)),
         ),
         with_payload=list(PAYLOAD_WANTED),
-        with_vector=["dense"] if planned.with_vectors else False,
+        with_vector=False,
     )
 
 
 def found_point(point: edge.ScoredPoint) -> Found:
     """A row of an answer."""
-    vectors = point.vector
-    dense = vectors["dense"] if isinstance(vectors, dict) else None
-    return Found(
-        seq=int(point.id),
-        score=point.score,
-        payload=dict(point.payload or {}),
-        vector=None if dense is None else cast("list[float]", dense),
-    )
+    return Found(int(point.id), point.score, dict(point.payload or {}))
 
 
 def edge_filter(where: Condition) -> edge.Filter:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -22,13 +24,13 @@ from typing import Any, cast
 from memos_vllm.domain.ids import CubeId
 from memos_vllm.errors import MemosError, Unavailable
 from memos_vllm.plaintext.index.base import Hit, IndexedVersion, IndexPoint, IndexQuery
-from memos_vllm.plaintext.index.edge_calls import Answer, Call, Opened
+from memos_vllm.plaintext.index.edge_calls import Answer, Call, Opened, receive, send
 
 logger = logging.getLogger(__name__)
 
 _WORKER = "memos_vllm.plaintext.index.edge_worker"
 # Loading a million points takes 10 s on a busy disk; what takes this long has hung.
-_ANSWER_SECONDS = 120.0
+_START_SECONDS = 120.0
 _CLOSE_SECONDS = 30.0
 _POLL_SECONDS = 0.05
 
@@ -41,13 +43,16 @@ class EdgeStore:
     Args:
         wait_seconds: how long a process that is about to let go of the folder is waited for: after
             a crash of the server, its index is still being flushed.
+        answer_seconds: a process that is silent for as long has hung, and is replaced.
     Raises:
         Unavailable: another process has the folder open.
         ConfigurationError: the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, *, wait_seconds: float = 5.0) -> None:
-        self._worker = _Worker(folder, wait_seconds)
+    def __init__(
+        self, folder: Path, *, wait_seconds: float = 5.0, answer_seconds: float = 120.0
+    ) -> None:
+        self._worker = _Worker(folder, wait_seconds, answer_seconds)
         self._calls = threading.Lock()
         self._open: dict[str, EdgeIndex] = {}
         self._closed = False
@@ -127,21 +132,17 @@ class EdgeIndex:
         *,
         dense_limit: int,
         sparse_limit: int,
-        with_vectors: bool = False,
     ) -> list[Hit]:
         found = self._call(
             "search",
             query,
             dense_limit=dense_limit,
             sparse_limit=sparse_limit,
-            with_vectors=with_vectors,
         )
         return cast("list[Hit]", found)
 
-    def score(
-        self, seqs: Sequence[int], query: IndexQuery, *, with_vectors: bool = False
-    ) -> list[Hit]:
-        found = self._call("score", list(seqs), query, with_vectors=with_vectors)
+    def score(self, seqs: Sequence[int], query: IndexQuery) -> list[Hit]:
+        found = self._call("score", list(seqs), query)
         return cast("list[Hit]", found)
 
     def versions(
@@ -167,8 +168,11 @@ class EdgeIndex:
 
     def optimize(self) -> None:
         self._call("start_optimizing")
-        while self._call("optimizing"):
+        while self.optimizing():
             time.sleep(_POLL_SECONDS)
+
+    def optimizing(self) -> bool:
+        return cast("bool", self._call("optimizing"))
 
     def close(self) -> None:
         if self._closed:
@@ -209,8 +213,9 @@ def _ending_at_once() -> Iterator[None]:
 class _Worker:
     """The process and the socket to it. Not thread-safe."""
 
-    def __init__(self, folder: Path, wait_seconds: float) -> None:
+    def __init__(self, folder: Path, wait_seconds: float, answer_seconds: float) -> None:
         self._arguments = [str(folder), str(wait_seconds)]
+        self._answer_seconds = answer_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
@@ -235,17 +240,19 @@ class _Worker:
                 ours.close()
                 raise _WorkerEnded from error
         self._connection = Connection(ours.detach())
+        _wait_at_most(_START_SECONDS, self._connection)
         try:
             self._receive()
         except MemosError:
             self.stop()
             raise
+        _wait_at_most(self._answer_seconds, self._connection)
 
     def ask(self, call: Call) -> Any:
         """The answer to a call; raises what it raised there, or `_WorkerEnded`."""
         assert self._connection is not None
         try:
-            self._connection.send(call)
+            send(self._connection, call)
         except OSError as error:
             self._kill()
             raise _WorkerEnded from error
@@ -266,9 +273,7 @@ class _Worker:
     def _receive(self) -> Any:
         assert self._connection is not None
         try:
-            if not self._connection.poll(_ANSWER_SECONDS):
-                raise TimeoutError
-            answer: Answer = self._connection.recv()
+            answer: Answer = receive(self._connection)
         except (EOFError, OSError) as error:
             self._kill()
             raise _WorkerEnded from error
@@ -284,3 +289,10 @@ class _Worker:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _wait_at_most(seconds: float, connection: Connection) -> None:
+    """Let reading from a connection fail after so long: cheaper than a poll before each answer."""
+    timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)

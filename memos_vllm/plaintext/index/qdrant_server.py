@@ -177,19 +177,14 @@ class ServerIndex:
         *,
         dense_limit: int,
         sparse_limit: int,
-        with_vectors: bool = False,
     ) -> list[Hit]:
         self._check_query(query)
-        planned = plan_search(
-            query, dense_limit=dense_limit, sparse_limit=sparse_limit, with_vectors=with_vectors
-        )
+        planned = plan_search(query, dense_limit=dense_limit, sparse_limit=sparse_limit)
         return merged_search(planned, self._answers(planned), dense_limit=dense_limit)
 
-    def score(
-        self, seqs: Sequence[int], query: IndexQuery, *, with_vectors: bool = False
-    ) -> list[Hit]:
+    def score(self, seqs: Sequence[int], query: IndexQuery) -> list[Hit]:
         self._check_query(query)
-        planned = plan_score(seqs, query, with_vectors=with_vectors)
+        planned = plan_score(seqs, query)
         return merged_scores(planned, self._answers(planned), query=query)
 
     def versions(
@@ -254,6 +249,12 @@ class ServerIndex:
     def optimize(self) -> None:
         """Nothing to do: the server's optimisers start themselves."""
         self._opened()
+
+    def optimizing(self) -> bool:
+        found = self._opened().ask(
+            lambda client, _seconds: client.get_collection(self.name), READING
+        )
+        return found.status is not models.CollectionStatus.GREEN
 
     def close(self) -> None:
         self._closed = True

@@ -53,7 +53,6 @@ class PlannedQuery:
     corpus: Condition | None = None
     exact: bool = False
     narrowed: bool = False
-    with_vectors: bool = False
 
     @property
     def hnsw_ef(self) -> int:
@@ -68,7 +67,6 @@ class Found:
     seq: int
     score: float
     payload: dict[str, Any]
-    vector: Sequence[float] | None = None
 
 
 def full_scan_kilobytes(dim: int) -> int:
@@ -98,9 +96,7 @@ def check_points(points: Iterable[IndexPoint], dim: int, *, collection: str) -> 
         check_dimension(point.dense, dim, collection=collection)
 
 
-def plan_search(
-    query: IndexQuery, *, dense_limit: int, sparse_limit: int, with_vectors: bool
-) -> list[PlannedQuery]:
+def plan_search(query: IndexQuery, *, dense_limit: int, sparse_limit: int) -> list[PlannedQuery]:
     """The batch of a search; empty when there is nothing to look for or nowhere to look."""
     planned = []
     cube_ids = query.scope.cube_ids
@@ -115,7 +111,6 @@ def plan_search(
                 dense=query.dense,
                 exact=not one_by_one,
                 narrowed=query.where is not None,
-                with_vectors=with_vectors,
             )
             for group in groups
         ]
@@ -127,13 +122,12 @@ def plan_search(
                 sparse_limit,
                 sparse=query.sparse,
                 corpus=visible(query.scope),
-                with_vectors=with_vectors,
             )
         )
     return planned
 
 
-def plan_score(seqs: Sequence[int], query: IndexQuery, *, with_vectors: bool) -> list[PlannedQuery]:
+def plan_score(seqs: Sequence[int], query: IndexQuery) -> list[PlannedQuery]:
     """The batch that scores exactly these points: who passes, then the scores."""
     if not seqs or not query.scope.cube_ids:
         return []
@@ -145,7 +139,6 @@ def plan_score(seqs: Sequence[int], query: IndexQuery, *, with_vectors: bool) ->
         len(seqs),
         dense=query.dense,
         exact=True,
-        with_vectors=with_vectors,
     )
     if query.sparse is None or not query.sparse.indices.size:
         return [first]
@@ -197,6 +190,5 @@ def _best_first(found: Iterable[Found]) -> list[Found]:
 
 
 def _hit(found: Found, dense: float | None, sparse: float | None) -> Hit:
-    vector = None if found.vector is None else np.asarray(found.vector, np.float32)
     payload = found.payload
-    return Hit(found.seq, payload["v"], payload["cube"], dense, sparse, vector)
+    return Hit(found.seq, payload["v"], payload["cube"], dense, sparse)

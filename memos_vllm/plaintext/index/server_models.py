@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from qdrant_client import models
 
@@ -91,7 +91,7 @@ def query_request(planned: PlannedQuery) -> models.QueryRequest:
         params=_search_params(planned),
         limit=planned.limit,
         with_payload=list(PAYLOAD_WANTED),
-        with_vector=["dense"] if planned.with_vectors else False,
+        with_vector=False,
     )
 
 
@@ -115,14 +115,7 @@ def _search_params(planned: PlannedQuery) -> models.SearchParams | None:
 
 def scored_point(point: models.ScoredPoint) -> Found:
     """A row of an answer."""
-    vectors = point.vector
-    dense = vectors["dense"] if isinstance(vectors, dict) else None
-    return Found(
-        seq=int(point.id),
-        score=point.score,
-        payload=point.payload or {},
-        vector=None if dense is None else cast("list[float]", dense),
-    )
+    return Found(int(point.id), point.score, point.payload or {})
 
 
 def server_filter(where: Condition) -> models.Filter:
