@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from sqlalchemy import select
@@ -23,7 +23,7 @@ from memos_vllm.control.document_upload import Upload, checked_upload
 from memos_vllm.control.memory_writes import (
     apply_patch,
     insert_memories,
-    record_version,
+    record_versions,
     relabel,
     replace_words,
 )
@@ -52,8 +52,12 @@ class _By:
     reason: str | None
     at: datetime
 
-    def record(self, session: Session, row: MemoryRow, change: MemoryChange) -> None:
-        record_version(session, row, change, actor=self.actor, reason=self.reason, at=self.at)
+    def record(
+        self, session: Session, cube: OpenCube, rows: Sequence[MemoryRow], change: MemoryChange
+    ) -> None:
+        record_versions(
+            session, cube, rows, change, actor=self.actor, reason=self.reason, at=self.at
+        )
 
 
 class DocumentService(Service):
@@ -154,8 +158,7 @@ class DocumentService(Service):
             upload.document.chunks,
         )
         seqs: dict[int, int] = {}
-        changed: list[MemoryRow] = []
-        relabelled = False
+        brought = _Brought()
         edited = set(plan.edited)
         for pair in (*plan.kept, *plan.edited):
             row = old[pair.old][1]
@@ -166,15 +169,13 @@ class DocumentService(Service):
             patch = upload.patch(
                 upload.pieces[pair.new], known=row.attributes, with_text=pair in edited
             )
-            fields = _change(session, cube, row, patch, by)
-            relabelled = relabelled or "labels" in fields
-            if fields:
-                changed.append(row)
+            brought.bring(row, patch)
+        changed = list(brought.rows)
         gone = [old[index][1] for index in plan.gone]
         gone = [row for row in gone if row.state is MemoryState.ACTIVE]
         for row in gone:
             row.state = MemoryState.ARCHIVED
-            by.record(session, row, MemoryChange.ARCHIVED)
+        by.record(session, cube, gone, MemoryChange.ARCHIVED)
         whole = session.get_one(MemoryRow, known.memory_seq)
         new = [
             upload.joining(
@@ -185,13 +186,13 @@ class DocumentService(Service):
         added = self._insert(session, cube, new, by)
         seqs |= {index: row.seq for index, row in zip(plan.added, added, strict=True)}
         patch = upload.patch(upload.whole, known=whole.attributes, with_text=True)
-        fields = _change(session, cube, whole, patch, by)
-        relabelled = relabelled or "labels" in fields
+        renewed = brought.bring(whole, patch)
+        brought.write(session, cube, by)
         ordered = [seqs[index] for index in range(len(upload.document.chunks))]
         moved = bool(plan.edited) or ordered != [row.seq for _, row in old]
         if moved:
             set_chunks(session, whole.seq, ordered, upload.document.chunks)
-        if fields or changed or gone:
+        if renewed or changed or gone:
             touched = [row.seq for row in (*changed, *gone, whole)]
             for part in in_parts(touched):
                 mark_stale(session, cube.row.id, memory_seqs=part)
@@ -201,8 +202,8 @@ class DocumentService(Service):
             added=len(added),
             changed=len(changed),
             archived=sum(row.seq not in hidden for row in gone),
-            relabelled=relabelled,
-            touched=bool(moved or renamed or fields or changed or gone),
+            relabelled=bool(brought.relabelled),
+            touched=bool(moved or renamed or renewed or changed or gone),
         )
 
     def _insert(
@@ -244,28 +245,33 @@ class _Change:
         return bool(self.added or self.changed or self.archived)
 
 
-def _change(
-    session: Session,
-    cube: OpenCube,
-    row: MemoryRow,
-    patch: MemoryPatch,
-    by: _By,
-) -> list[str]:
-    """Bring a memory to what was read now; the names of the fields that differ.
+@dataclass(slots=True)
+class _Brought:
+    """Memories that were brought to what was read now, to be written down together."""
 
-    What its owner has archived stays as it is.
-    """
-    if row.state is not MemoryState.ACTIVE:
-        return []
-    fields = apply_patch(row, patch, edges=())
-    if not fields:
-        return []
-    if "tags" in fields or "labels" in fields:
-        replace_words(session, row)
-    if "labels" in fields:
-        relabel(session, cube, row)
-    by.record(session, row, MemoryChange.EDITED)
-    return fields
+    rows: list[MemoryRow] = field(default_factory=list)
+    reworded: list[MemoryRow] = field(default_factory=list)
+    relabelled: list[MemoryRow] = field(default_factory=list)
+
+    def bring(self, row: MemoryRow, patch: MemoryPatch) -> bool:
+        """Change a memory, unless its owner has archived it; whether that changed anything."""
+        if row.state is not MemoryState.ACTIVE:
+            return False
+        fields = apply_patch(row, patch, edges=())
+        if not fields:
+            return False
+        self.rows.append(row)
+        if "tags" in fields or "labels" in fields:
+            self.reworded.append(row)
+        if "labels" in fields:
+            self.relabelled.append(row)
+        return True
+
+    def write(self, session: Session, cube: OpenCube, by: _By) -> None:
+        """Write their tags, labels and versions."""
+        replace_words(session, self.reworded)
+        relabel(session, cube, self.relabelled)
+        by.record(session, cube, self.rows, MemoryChange.EDITED)
 
 
 def _stored(

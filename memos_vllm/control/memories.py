@@ -12,7 +12,7 @@ from memos_vllm.control.composition import mark_stale
 from memos_vllm.control.memory_writes import (
     apply_patch,
     insert_memories,
-    record_version,
+    record_versions,
     relabel,
     replace_edges,
     replace_words,
@@ -186,10 +186,10 @@ class MemoryService(Service):
             if checked.edges is not UNSET and "edges" in changed:
                 replace_edges(session, cube, row, checked.edges)
             if "tags" in changed or "labels" in changed:
-                replace_words(session, row)
+                replace_words(session, [row])
             relabelled = "labels" in changed
             if relabelled:
-                relabel(session, cube, row)
+                relabel(session, cube, [row])
             self._keep_version(
                 session,
                 actor,
@@ -278,7 +278,7 @@ class MemoryService(Service):
     ) -> None:
         """What every change of a memory ends with: version, cube, artifacts, audit."""
         now = self._clock()
-        record_version(session, row, change, actor=actor, reason=reason, at=now)
+        record_versions(session, cube, [row], change, actor=actor, reason=reason, at=now)
         bump(cube.row, at=now, rescope=rescope)
         mark_stale(session, cube.row.id, memory_seqs=[row.seq])
         self._log(

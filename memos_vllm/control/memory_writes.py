@@ -10,6 +10,7 @@ from sqlalchemy import delete, insert
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, open_memories
+from memos_vllm.control.batches import in_parts
 from memos_vllm.control.composition import mark_stale
 from memos_vllm.control.indexing import note_changed
 from memos_vllm.control.tables import (
@@ -82,20 +83,22 @@ def insert_memories(
     return rows
 
 
-def record_version(
+def record_versions(
     session: Session,
-    row: MemoryRow,
+    cube: OpenCube,
+    rows: Sequence[MemoryRow],
     change: MemoryChange,
     *,
     actor: Principal,
     reason: str | None,
     at: datetime,
 ) -> None:
-    """Move the memory's version, keep the new one in its history, and tell the index."""
-    row.version += 1
-    row.updated_at = at
-    _insert_versions(session, [row], change, actor=actor, reason=reason, at=at)
-    note_changed(session, row.cube_id, [row.seq])
+    """Move the memories' versions, keep the new ones in their histories, and tell the index."""
+    for row in rows:
+        row.version += 1
+        row.updated_at = at
+    _insert_versions(session, rows, change, actor=actor, reason=reason, at=at)
+    note_changed(session, cube.row.id, [row.seq for row in rows])
 
 
 def apply_patch(row: MemoryRow, patch: MemoryPatch, *, edges: tuple[Edge, ...]) -> list[str]:
@@ -139,19 +142,23 @@ def replace_edges(
     _insert_edges(session, cube, [(row, edges)])
 
 
-def replace_words(session: Session, row: MemoryRow) -> None:
-    """Make the searchable tags and labels those of the row."""
-    session.execute(delete(MemoryTagRow).where(MemoryTagRow.memory_seq == row.seq))
-    session.execute(delete(MemoryLabelRow).where(MemoryLabelRow.memory_seq == row.seq))
-    _insert_words(session, [row])
+def replace_words(session: Session, rows: Sequence[MemoryRow]) -> None:
+    """Make the searchable tags and labels those of the rows."""
+    for seqs in in_parts([row.seq for row in rows]):
+        session.execute(delete(MemoryTagRow).where(MemoryTagRow.memory_seq.in_(seqs)))
+        session.execute(delete(MemoryLabelRow).where(MemoryLabelRow.memory_seq.in_(seqs)))
+    _insert_words(session, rows)
 
 
-def relabel(session: Session, cube: OpenCube, row: MemoryRow) -> None:
+def relabel(session: Session, cube: OpenCube, rows: Sequence[MemoryRow]) -> None:
     """Other labels, another epoch: no KV made before is reachable; labelled text stays text."""
+    if not rows:
+        return
     cube.row.epoch += 1
     mark_stale(session, cube.row.id)
-    if row.labels:
-        row.tier, row.position = Tier.PLAINTEXT, 0
+    for row in rows:
+        if row.labels:
+            row.tier, row.position = Tier.PLAINTEXT, 0
 
 
 def _insert(session: Session, table: type[object], values: list[Values]) -> None:
