@@ -28,7 +28,6 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session, aliased
 
 from memos_vllm.control.access import foreign_label, open_cube
-from memos_vllm.control.indexing import backlog
 from memos_vllm.control.service import Service
 from memos_vllm.control.sql import Prepared, one_of, unindexed
 from memos_vllm.control.tables import (
@@ -42,7 +41,7 @@ from memos_vllm.control.tables import (
 )
 from memos_vllm.control.views import load_memories
 from memos_vllm.domain.access import Access, Principal, Role
-from memos_vllm.domain.finding import AUTHOR_PREFIX, Facts, Link, SearchScope
+from memos_vllm.domain.finding import AUTHOR_PREFIX, Facts, Link
 from memos_vllm.domain.ids import CubeId
 from memos_vllm.domain.memory import Memory, MemoryState
 from memos_vllm.domain.scope import Scope
@@ -61,10 +60,8 @@ LINEAGE_KINDS: Mapping[Relation, str] = {
 class FindingService(Service):
     """The search's part of `Mos`: reads only."""
 
-    def search_scope(
-        self, actor: Principal, cube_ids: Sequence[str], *, index: str | None
-    ) -> SearchScope:
-        """What the actor may find in these cubes, and what the index has not followed of them.
+    def search_scope(self, actor: Principal, cube_ids: Sequence[str]) -> Scope:
+        """What the actor may find in these cubes.
 
         Where labels differ between cubes, only those count that the actor may see in each.
 
@@ -74,15 +71,11 @@ class FindingService(Service):
         now = self._clock()
         with self._catalog.read() as session:
             cubes = [open_cube(session, actor, cube_id, Access.READ) for cube_id in cube_ids]
-            left = None if index is None else backlog(session, index, cube_ids=cube_ids)
         limited = [cube.labels for cube in cubes if cube.role is not Role.OWNER]
-        return SearchScope(
-            scope=Scope(
-                cube_ids=tuple(CubeId(cube.row.id) for cube in cubes),
-                labels=frozenset.intersection(*limited) if limited else None,
-                now=now.timestamp(),
-            ),
-            backlog=left,
+        return Scope(
+            cube_ids=tuple(CubeId(cube.row.id) for cube in cubes),
+            labels=frozenset.intersection(*limited) if limited else None,
+            now=now.timestamp(),
         )
 
     def snapshot(self) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from functools import cache
 from sqlalchemy import BigInteger, bindparam, delete, func, insert, select
 from sqlalchemy.orm import Session
 
-from memos_vllm.control.access import open_cube
+from memos_vllm.control.access import foreign_label, open_cube
 from memos_vllm.control.jobs import queue_job
 from memos_vllm.control.service import Service
 from memos_vllm.control.sql import Prepared, one_of
@@ -234,17 +234,26 @@ class IndexService(Service):
         name: str,
         *,
         cube_ids: Sequence[str] | None = None,
+        labels: frozenset[str] | None = None,
         applied: int | None = None,
         up_to: int | None = None,
     ) -> IndexBacklog:
         """What a collection has still before it, of some cubes or of all.
 
         Args:
+            labels: memories under any other label do not count.
             applied: the entry that it has reached without having said so yet.
             up_to: changes behind this entry do not count.
         """
         with self._catalog.read() as session:
-            return backlog(session, name, cube_ids=cube_ids, applied=applied, up_to=up_to)
+            asked: dict[str, object] = {"name": name, "applied": applied, "up_to": up_to}
+            if cube_ids is not None:
+                asked["cubes"] = cube_ids
+            if labels is not None:
+                asked["labels"] = sorted(labels)
+            statement = _backlog_of(cube_ids is not None, labels is not None)
+            rows = statement.rows(session, asked)
+        return IndexBacklog(*rows[0]) if rows else IndexBacklog(0, 0)
 
     def queue_reindex(self, actor: Principal, cube_id: str) -> Job:
         """Queue a job that has the index take in a cube again; one that waits is used again.
@@ -295,24 +304,8 @@ class IndexService(Service):
             return len(seqs)
 
 
-def backlog(
-    session: Session,
-    name: str,
-    *,
-    cube_ids: Sequence[str] | None,
-    applied: int | None = None,
-    up_to: int | None = None,
-) -> IndexBacklog:
-    """What a collection has still before it, of some cubes or of all; see `index_backlog`."""
-    asked: dict[str, object] = {"name": name, "applied": applied, "up_to": up_to}
-    if cube_ids is not None:
-        asked["cubes"] = list(cube_ids)
-    rows = _backlog_of(cube_ids is not None).rows(session, asked)
-    return IndexBacklog(*rows[0]) if rows else IndexBacklog(0, 0)
-
-
 @cache
-def _backlog_of(some_cubes: bool) -> Prepared:
+def _backlog_of(some_cubes: bool, labelled: bool) -> Prepared:
     """Built once: every search asks."""
     given = {key: bindparam(key, type_=BigInteger) for key in ("applied", "up_to")}
     changes = (
@@ -326,6 +319,11 @@ def _backlog_of(some_cubes: bool) -> Prepared:
     if some_cubes:
         changes = changes.where(one_of(OutboxRow.cube_id, "cubes"))
         memories = memories.where(one_of(MemoryRow.cube_id, "cubes"))
+    if labelled:
+        # What is gone altogether is not seen by anyone.
+        changes = changes.join(MemoryRow, MemoryRow.seq == OutboxRow.memory_seq)
+        changes = changes.where(~foreign_label())
+        memories = memories.where(~foreign_label())
     return Prepared(
         select(
             changes.correlate(IndexRow).scalar_subquery(),

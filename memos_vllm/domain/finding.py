@@ -6,22 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, NamedTuple
 
-from memos_vllm.domain.indexing import IndexBacklog
-from memos_vllm.domain.scope import Scope
-
 AUTHOR_PREFIX: Final = "by:"
 """Opens the entities that name a memory's author, one for each word of the name."""
-
-
-@dataclass(frozen=True, slots=True)
-class SearchScope:
-    """Where a caller may search, and what the index has still to follow there.
-
-    `backlog` is None when no index was named.
-    """
-
-    scope: Scope
-    backlog: IndexBacklog | None
 
 
 class Link(NamedTuple):

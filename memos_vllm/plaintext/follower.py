@@ -79,6 +79,7 @@ class IndexedCatalog(Protocol):
         name: str,
         *,
         cube_ids: Sequence[str] | None = None,
+        labels: frozenset[str] | None = None,
         applied: int | None = None,
         up_to: int | None = None,
     ) -> IndexBacklog: ...

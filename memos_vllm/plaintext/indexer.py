@@ -96,6 +96,13 @@ class Collections:
         self._tidy = False
         self._tidying = self._new_pause()
 
+    def open(self) -> bool:
+        """Open what is not open; whether that was anything. Raises as `step` does."""
+        if self._store is not None:
+            return False
+        self._open()
+        return True
+
     def step(self) -> bool:
         """Open what is not open, and follow one batch of changes with each collection.
 
@@ -104,8 +111,7 @@ class Collections:
         Raises:
             MemosError: what is down, missing or misconfigured; the next step tries again.
         """
-        if self._store is None:
-            self._open()
+        self.open()
         if self.serving is not None and self.building is not None:
             busy = self._step_both(self.serving, self.building)
         else:
@@ -295,6 +301,7 @@ class Indexer:
         self._collections = collections
         self._on_progress = on_progress
         self._wake = threading.Event()
+        self._doubted = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memos-indexer", daemon=True)
 
@@ -303,6 +310,11 @@ class Indexer:
 
     def wake(self) -> None:
         """There is something new in the catalog."""
+        self._wake.set()
+
+    def doubt(self) -> None:
+        """A search met trouble: look whether the index answers, and open it anew if not."""
+        self._doubted.set()
         self._wake.set()
 
     def stop(self) -> None:
@@ -319,9 +331,15 @@ class Indexer:
 
         def step() -> None:
             nonlocal busy
+            if self._collections.open():
+                # Whoever waits for the index knows it is there before the first batch is followed.
+                self._met(None)
             busy = self._collections.step()
 
         while not self._stopping.is_set():
+            if self._doubted.is_set():
+                self._doubted.clear()
+                self._tried(self._collections.check)
             problem = self._tried(step)
             self._met(problem)
             if problem is not None:

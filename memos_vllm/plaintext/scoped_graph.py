@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
 from memos_vllm.domain.access import Principal
-from memos_vllm.domain.finding import Facts, Link, SearchScope
+from memos_vllm.domain.finding import Facts, Link
 from memos_vllm.domain.memory import Memory
 from memos_vllm.domain.scope import Scope
 from memos_vllm.plaintext import packing
@@ -19,9 +19,7 @@ class SearchedCatalog(IndexedCatalog, Protocol):
     """The catalog as a search sees it; `memos_vllm.control.finding` says what each does."""
 
     def snapshot(self) -> AbstractContextManager[None]: ...
-    def search_scope(
-        self, actor: Principal, cube_ids: Sequence[str], *, index: str | None
-    ) -> SearchScope: ...
+    def search_scope(self, actor: Principal, cube_ids: Sequence[str]) -> Scope: ...
     def links(
         self,
         scope: Scope,

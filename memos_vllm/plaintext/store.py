@@ -95,15 +95,15 @@ class PlaintextStore:
         checked_query(query)
         with self._catalog.snapshot():
             # Asked before the index is: who may not read learns nothing of the index either.
-            found = self._catalog.search_scope(actor, cube_ids, index=None)
+            scope = self._catalog.search_scope(actor, cube_ids)
             collection = self._collection()
-            backlog = self._left(collection, cube_ids)
+            backlog = self._left(collection, cube_ids, labels=scope.labels)
         if not _is_all(backlog):
-            backlog = self._catch_up(collection, cube_ids, catch_up_seconds)
+            backlog = self._catch_up(collection, scope, catch_up_seconds)
             # Cubes, grants and the time may not be what they were.
-            found = self._catalog.search_scope(actor, cube_ids, index=None)
-        ranked = self._rank(found.scope, query)
-        memories = self._load(found.scope, query, ranked)
+            scope = self._catalog.search_scope(actor, cube_ids)
+        ranked = self._rank(scope, query)
+        memories = self._load(scope, query, ranked)
         hits = [_hit(entry, memories) for entry in ranked if entry.seq in memories]
         return SearchResult(tuple(hits), backlog)
 
@@ -178,6 +178,7 @@ class PlaintextStore:
                     )
             except Unavailable as error:
                 problem = error
+        self._indexer.doubt()
         raise problem or self._not_open()
 
     def _to_ask(self) -> Iterator[Follower]:
@@ -221,19 +222,19 @@ class PlaintextStore:
         collection: Follower,
         cube_ids: Sequence[str] | None = None,
         *,
+        labels: frozenset[str] | None = None,
         up_to: int | None = None,
     ) -> IndexBacklog:
         return self._catalog.index_backlog(
             collection.name,
             cube_ids=cube_ids,
+            labels=labels,
             applied=collection.reached(cube_ids or ()),
             up_to=up_to,
         )
 
-    def _catch_up(
-        self, collection: Follower, cube_ids: Sequence[str], seconds: float
-    ) -> IndexBacklog:
-        """Wait for what was written until now, not for what others go on writing.
+    def _catch_up(self, collection: Follower, scope: Scope, seconds: float) -> IndexBacklog:
+        """Wait for what was written until now and may be seen, not for what others go on writing.
 
         Returns:
             What is left.
@@ -243,8 +244,8 @@ class PlaintextStore:
 
         def done() -> bool:
             nonlocal left
-            left = self._left(collection, cube_ids, up_to=newest)
-            collection.hurry(cube_ids if left.changes else ())
+            left = self._left(collection, scope.cube_ids, labels=scope.labels, up_to=newest)
+            collection.hurry(scope.cube_ids if left.changes else ())
             walking = 0 < left.memories <= _MEMORIES_WAITED_FOR
             # An index that is down follows nothing; what it has is searched at once.
             return not (left.changes or walking) or self.problem() is not None

@@ -58,7 +58,7 @@ def put(desk: Desk, *texts: str, title: str = "t") -> StoredDocument:
 def test_a_search_looks_at_more_memories_than_a_statement_has_parameters(desk: Desk) -> None:
     for _ in range(5):
         desk.add(*(f"memory {number}" for number in range(45)))
-    scope = desk.mos.search_scope(ADMIN, ["c"], index=None).scope
+    scope = desk.mos.search_scope(ADMIN, ["c"])
     seqs = list(range(1, 226))
     assert list(desk.mos.facts(seqs)) == seqs
     assert sorted(desk.mos.load_found(scope, [*seqs, 9999])) == seqs
@@ -67,7 +67,7 @@ def test_a_search_looks_at_more_memories_than_a_statement_has_parameters(desk: D
 
 def test_a_memory_that_many_lead_to_costs_no_more_than_some(desk: Desk) -> None:
     first = put(desk, *(f"piece {number}" for number in range(90)), title="one")
-    scope = desk.mos.search_scope(ADMIN, ["c"], index=None).scope
+    scope = desk.mos.search_scope(ADMIN, ["c"])
     links = desk.mos.links(scope, [1], fan_out=1000)
     assert len(links) == MAX_INCOMING < first.chunks
     assert {link.kind for link in links} == {"part-of"}

@@ -32,7 +32,7 @@ def seqs(desk: Desk, *memories: Memory) -> list[int]:
 
 
 def scope(desk: Desk, actor: Principal = ADMIN, *cube_ids: str) -> Scope:
-    return desk.mos.search_scope(actor, cube_ids or ["c"], index=None).scope
+    return desk.mos.search_scope(actor, cube_ids or ["c"])
 
 
 def links(desk: Desk, *memories: Memory, actor: Principal = ADMIN, **limits: int) -> list[Link]:
@@ -158,8 +158,21 @@ def test_the_backlog_counts_what_the_index_has_not_followed(desk: Desk) -> None:
     desk.mos.start_index("words", embedder="words", dimension=2, anew=True)
     desk.mos.end_walk("words")
     desk.add("one", "two")
-    found = desk.mos.search_scope(ADMIN, ["c"], index="words")
-    assert found.backlog == IndexBacklog(changes=2, memories=0)
+    assert desk.mos.index_backlog("words", cube_ids=["c"]) == IndexBacklog(changes=2, memories=0)
+
+
+def test_the_backlog_of_some_labels_tells_of_no_other(desk: Desk) -> None:
+    desk.add("old", labels=("blue",))
+    desk.mos.start_index("words", embedder="words", dimension=2, anew=True)
+    desk.add("one", labels=("red",))
+    desk.add("two", "three", labels=("red", "blue"))
+
+    def seen(*labels: str) -> IndexBacklog:
+        return desk.mos.index_backlog("words", cube_ids=["c"], labels=frozenset(labels))
+
+    assert seen() == IndexBacklog(changes=0, memories=0)
+    assert seen("red") == IndexBacklog(changes=1, memories=1)
+    assert seen("red", "blue") == IndexBacklog(changes=3, memories=4)
 
 
 def test_facts_tell_age_and_use(desk: Desk) -> None:

@@ -377,8 +377,9 @@ def test_the_outbox_never_goes_on_over_writes_that_a_killed_process_had_not_flus
     bench.collections.close()
 
 
+@pytest.mark.parametrize("found_by", ["a write", "a search"])
 def test_an_index_found_broken_when_its_process_was_killed_is_built_again(
-    desk: Desk, store: Callable[[], EdgeStore]
+    desk: Desk, store: Callable[[], EdgeStore], found_by: str
 ) -> None:
     with running(desk, store) as plaintext:
         desk.add(*(f"text {number}" for number in range(30)))
@@ -388,11 +389,24 @@ def test_an_index_found_broken_when_its_process_was_killed_is_built_again(
         for path in Path(edge._worker._arguments[0]).rglob("segment.json"):
             path.write_text("{")
         kill(edge.pid)
-        desk.add("one more")
-        assert plaintext.wait_until_indexed("c", seconds=LONG_SECONDS)
+        if found_by == "a write":
+            desk.add("one more")
+            assert plaintext.wait_until_indexed("c", seconds=LONG_SECONDS)
+        else:
+            with pytest.raises(Unavailable):
+                plaintext.search(ADMIN, ["c"], SearchQuery("text"))
+            eventually(lambda: plaintext.opened and _finds(plaintext, "text"))
+            assert plaintext.wait_until_indexed("c", seconds=LONG_SECONDS)
         eventually(lambda: plaintext.problem() is None)
         (progress,) = desk.mos.indexes()
     check_index(desk, store, progress.name)
+
+
+def _finds(plaintext: PlaintextStore, text: str) -> bool:
+    try:
+        return bool(plaintext.search(ADMIN, ["c"], SearchQuery(text)).hits)
+    except Unavailable:
+        return False
 
 
 _OTHER = """

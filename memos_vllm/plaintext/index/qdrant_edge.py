@@ -190,7 +190,7 @@ class EdgeIndex:
         if self._lost:
             raise Unavailable(
                 f"the index '{self.name}' was broken when its process was started again, and is "
-                "empty now; restart the server, and it is filled from the catalog"
+                "empty now until it is filled from the catalog"
             )
         return answer
 
