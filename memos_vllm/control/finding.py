@@ -147,6 +147,11 @@ class FindingService(Service):
         with self._catalog.read() as session:
             return dict(_VECTORS.rows(session, {"seqs": seqs, "embedder": embedder}))
 
+    def text_bytes(self, seqs: Sequence[int]) -> int:
+        """How much text memories hold together, in UTF-8."""
+        with self._catalog.read() as session:
+            return int(_TEXT_BYTES.values(session, {"seqs": seqs})[0])
+
     def load_found(self, scope: Scope, seqs: Sequence[int]) -> dict[int, Memory]:
         """Those of `seqs` that are in the scope now: active, unexpired, under no other label.
 
@@ -210,6 +215,10 @@ _VECTORS = Prepared(
     select(VectorRow.memory_seq, VectorRow.vector).where(
         one_of(VectorRow.memory_seq, "seqs"), VectorRow.embedder == bindparam("embedder")
     )
+)
+
+_TEXT_BYTES = Prepared(
+    select(func.coalesce(func.sum(MemoryRow.text_bytes), 0)).where(one_of(MemoryRow.seq, "seqs"))
 )
 
 _AUTHORED = Prepared(

@@ -16,6 +16,8 @@ DEFAULT_TOP_K: Final = 10
 MAX_TOP_K: Final = 10_000
 DEFAULT_HOPS: Final = 1
 MAX_HOPS: Final = 3
+# Of all memories of one answer: it is put together in memory, several times over.
+MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,20 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 from memos_vllm.domain.access import Principal
+from memos_vllm.domain.checks import MAX_TEXT_BYTES
 from memos_vllm.domain.filters import matches
 from memos_vllm.domain.indexing import IndexBacklog
 from memos_vllm.domain.memory import Memory
 from memos_vllm.domain.scope import FilterFields, Scope
-from memos_vllm.domain.search import Hop, SearchHit, SearchQuery, SearchResult, checked_query
-from memos_vllm.errors import Unavailable
+from memos_vllm.domain.search import (
+    MAX_ANSWER_BYTES,
+    Hop,
+    SearchHit,
+    SearchQuery,
+    SearchResult,
+    checked_query,
+)
+from memos_vllm.errors import InvalidRequest, Unavailable
 from memos_vllm.plaintext.embedders.base import Embedder
 from memos_vllm.plaintext.embedders.words_only import WordsOnly
 from memos_vllm.plaintext.follower import Follower
@@ -196,7 +204,16 @@ class PlaintextStore:
         self, scope: Scope, query: SearchQuery, ranked: Sequence[RankedMemory]
     ) -> dict[int, Memory]:
         """What was found, as it is now: the index may lag behind the catalog."""
-        found = self._catalog.load_found(scope, _all_seqs(ranked))
+        seqs = _all_seqs(ranked)
+        if len(seqs) * MAX_TEXT_BYTES > MAX_ANSWER_BYTES:
+            held = self._catalog.text_bytes(seqs)
+            if held > MAX_ANSWER_BYTES:
+                raise InvalidRequest(
+                    f"what was found holds {held >> 20} MiB of text, and an answer at most "
+                    f"{MAX_ANSWER_BYTES >> 20}; ask for fewer than {query.top_k} memories",
+                    param="top_k",
+                )
+        found = self._catalog.load_found(scope, seqs)
         where = query.where
         if where is None:
             return found

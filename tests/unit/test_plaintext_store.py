@@ -30,8 +30,9 @@ from memos_vllm.domain.access import Principal, Role
 from memos_vllm.domain.filters import HasTag, HasTier
 from memos_vllm.domain.memory import MemoryPatch, Tier
 from memos_vllm.domain.search import SearchQuery
-from memos_vllm.errors import NotFound, Unavailable
+from memos_vllm.errors import InvalidRequest, NotFound, Unavailable
 from memos_vllm.plaintext import follower
+from memos_vllm.plaintext import store as plaintext_store
 from memos_vllm.plaintext.assembly import open_plaintext
 from memos_vllm.plaintext.embedders.base import Vectors
 from memos_vllm.plaintext.embedders.minilm import MINILM_KEY as MINILM
@@ -59,9 +60,10 @@ def find(
     cube_id: str = "c",
     where: object = None,
     seconds: float = 0.0,
+    top_k: int = 10,
 ) -> list[str]:
     """The texts that a search finds, without waiting."""
-    query = SearchQuery(text, where=where)  # type: ignore[arg-type]
+    query = SearchQuery(text, top_k=top_k, where=where)  # type: ignore[arg-type]
     found = plaintext.search(actor, [cube_id], query, catch_up_seconds=seconds)
     return [hit.memory.text for hit in found.hits]
 
@@ -394,3 +396,15 @@ def test_the_real_embedder_comes_and_goes_without_a_gap(desk: Desk) -> None:
                 assert find(plaintext, "feline")[:1] == by_meaning
             assert desk.sql("SELECT DISTINCT embedder FROM memory_vectors") == [(embedder,)]
             assert len([path for path in (folder / "qdrant").iterdir() if path.is_dir()]) == 1
+
+
+def test_an_answer_of_too_much_text_is_refused_before_it_is_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.desk.add(*(f"apple {number} {'é' * 100}" for number in range(9)))
+    bench.settle()
+    monkeypatch.setattr(plaintext_store, "MAX_ANSWER_BYTES", 1500)
+    with pytest.raises(InvalidRequest, match="ask for fewer than 10") as refused:
+        find(bench.plaintext, "apple")
+    assert refused.value.param == "top_k"
+    assert len(find(bench.plaintext, "apple", top_k=5)) == 5
