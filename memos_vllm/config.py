@@ -60,10 +60,10 @@ class ServerSettings(BaseSettings):
         default=None,
         description="URL of a Qdrant server; an index in the data folder when absent",
     )
-    qdrant_namespace: str = Field(
-        default="memos",
-        description="starts the names of collections on a Qdrant server; catalogs that share a "
-        "server need different ones",
+    qdrant_namespace: str | None = Field(
+        default=None,
+        description="starts the names of collections on a Qdrant server; one of the catalog's own "
+        "when absent, since catalogs that share a server need different ones",
     )
     qdrant_shards: int = Field(
         default=1, ge=1, description="shards of a new collection on a Qdrant server"

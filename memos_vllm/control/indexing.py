@@ -14,6 +14,7 @@ from memos_vllm.control.service import Service
 from memos_vllm.control.sql import Prepared, one_of
 from memos_vllm.control.tables import (
     EntityRow,
+    IdentityRow,
     IndexRow,
     MemoryRow,
     OutboxRow,
@@ -135,6 +136,11 @@ class IndexService(Service):
                 OutboxEntry(seq, CubeId(cube), memory)
                 for seq, cube, memory in session.execute(waiting)
             ]
+
+    def catalog_uid(self) -> str:
+        """What tells this catalog from others that share an index: 16 hex digits."""
+        with self._catalog.read() as session:
+            return session.scalars(select(IdentityRow.uid)).one()
 
     def newest_change(self) -> int:
         """The newest entry of the outbox, 0 when it is empty."""

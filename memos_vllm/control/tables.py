@@ -11,6 +11,7 @@
                                      ├─ jobs, chat_sessions
                                      └─ cube_usage
     retired_cubes   audit, audit_head   idempotency        (outlive what they speak of)
+    catalog_identity                                       (one row: which catalog this is)
     index_outbox    indexes                                (what the search index has to follow)
 
 Deleting a cube or a memory takes its dependants along through foreign keys. Tags and labels are
@@ -469,6 +470,15 @@ class AuditHeadRow(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     seq: Mapped[int] = mapped_column(BigInteger)
     hash: Mapped[str] = mapped_column(String(64))
+
+
+class IdentityRow(Base):
+    """The one row that names this catalog among others, drawn at random when it was made."""
+
+    __tablename__ = "catalog_identity"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    uid: Mapped[str] = mapped_column(String(32))
 
 
 class IdempotencyRow(Base):

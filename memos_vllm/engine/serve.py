@@ -95,8 +95,7 @@ def own_parser() -> argparse.ArgumentParser:
     )
     search.add_argument(
         "--qdrant-namespace",
-        help="starts our collections' names there (memos); catalogs that share a server need "
-        "different ones",
+        help="starts our collections' names there (memos- and 16 digits of the catalog's own)",
     )
     search.add_argument("--qdrant-shards", type=int, help="shards of a new collection there (1)")
     search.add_argument(

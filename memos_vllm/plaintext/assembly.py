@@ -39,14 +39,14 @@ def open_plaintext(settings: ServerSettings, catalog: SearchedCatalog) -> Plaint
 
     return PlaintextStore(
         catalog,
-        store=lambda: _open_store(settings),
+        store=lambda: _open_store(settings, catalog),
         embedder=lambda: embedder(settings.embedder),
         former_embedder=embedder,
         reranker=reranker,
     )
 
 
-def _open_store(settings: ServerSettings) -> IndexStore:
+def _open_store(settings: ServerSettings, catalog: SearchedCatalog) -> IndexStore:
     if settings.qdrant_url is None:
         from memos_vllm.plaintext.index.qdrant_edge import EdgeStore
 
@@ -56,7 +56,7 @@ def _open_store(settings: ServerSettings) -> IndexStore:
     return ServerStore(
         settings.qdrant_url,
         api_key=_plain(settings.qdrant_api_key),
-        namespace=settings.qdrant_namespace,
+        namespace=settings.qdrant_namespace or f"memos-{catalog.catalog_uid()}",
         shards=settings.qdrant_shards,
         replicas=settings.qdrant_replicas,
         quantize=settings.qdrant_quantization,

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,15 @@ from index_kit import DIM, point, scope, sparse, unit
 from qdrant_client import models
 from qdrant_shim import Shim, running
 
+from memos_vllm.config import ServerSettings
+from memos_vllm.control.mos import Mos
+from memos_vllm.domain.access import LOCAL_ADMIN
 from memos_vllm.domain.filters import HasTag
 from memos_vllm.domain.ids import CubeId
+from memos_vllm.domain.memory import NewMemory
+from memos_vllm.domain.search import SearchQuery
 from memos_vllm.errors import ConfigurationError, Unavailable
+from memos_vllm.plaintext.assembly import open_plaintext
 from memos_vllm.plaintext.index import qdrant_server, server_calls
 from memos_vllm.plaintext.index.base import IndexQuery
 from memos_vllm.plaintext.index.qdrant_server import ServerIndex, ServerStore
@@ -132,6 +139,23 @@ def test_names_of_one_namespace_are_kept_from_others(shim: Shim) -> None:
     assert one.collections() == two.collections() == ["a"]
     two.drop("a")
     assert (one.collections(), two.collections()) == (["a"], [])
+
+
+def test_two_catalogs_that_share_a_server_keep_apart_unasked(shim: Shim, tmp_path: Path) -> None:
+    found = {}
+    for name in ("one", "two"):
+        settings = ServerSettings(data_dir=tmp_path / name, qdrant_url=shim.url, embedder="none")
+        mos = Mos.open(settings.resolved_catalog_url)
+        with closing(mos), closing(open_plaintext(settings, mos)) as plaintext:
+            plaintext.start()
+            mos.create_cube(LOCAL_ADMIN, cube_id="c")
+            mos.add_memories(LOCAL_ADMIN, "c", [NewMemory(f"apple {name}")])
+            assert plaintext.wait_until_indexed("c", seconds=20)
+            result = plaintext.search(LOCAL_ADMIN, ["c"], SearchQuery("apple"))
+            found[name] = [hit.memory.text for hit in result.hits]
+            (held,) = ServerStore(shim.url, namespace=f"memos-{mos.catalog_uid()}").collections()
+            assert held.startswith("memos-none")
+    assert found == {"one": ["apple one"], "two": ["apple two"]}
 
 
 def test_a_server_that_is_gone_is_unavailable_at_once_and_found_again(shim: Shim) -> None:
