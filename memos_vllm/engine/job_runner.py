@@ -19,6 +19,9 @@ _LEASE_SECONDS = 30.0
 _POLL_SECONDS = 1.0
 # Also how soon a cancelled job stops when it reports nothing.
 _RENEW_SECONDS = 5.0
+# Nobody waits for these, so what is down is waited for: that long after each attempt but the last.
+_PATIENT = frozenset({JobKind.EXTRACT})
+_NEXT_ATTEMPT_SECONDS = (5.0, 20.0, 60.0, 300.0)
 
 # Says how far a job is (0 to 1) and what it is doing.
 Report = Callable[[float, str], None]
@@ -83,6 +86,12 @@ class JobRunner:
             state, message, error = _failed(job, "it was cut off by the engine")
         except NotFound as failure:
             state, message, error = JobState.CANCELLED, "what it works on is gone", str(failure)
+        except Unavailable as failure:
+            if job.kind in _PATIENT and job.attempts <= len(_NEXT_ATTEMPT_SECONDS):
+                renewal.cancel()
+                await self._put_off(job, failure)
+                return
+            state, message, error = _failed(job, str(failure))
         except MemosError as failure:
             state, message, error = _failed(job, str(failure))
         except Exception:
@@ -92,6 +101,21 @@ class JobRunner:
         finally:
             renewal.cancel()
         await self._finish(job, state, message, error)
+
+    async def _put_off(self, job: Job, failure: Unavailable) -> None:
+        """Let the job's lease run out later, so that it is claimed again."""
+        seconds = _NEXT_ATTEMPT_SECONDS[job.attempts - 1]
+        logger.warning("memos: job %s is tried again in %.0f s: %s", job.id, seconds, failure)
+        # Where this fails as well, the lease runs out by itself.
+        with contextlib.suppress(Unavailable):
+            await asyncio.to_thread(
+                self._mos.renew_job,
+                job.id,
+                self._owner,
+                lease_seconds=seconds,
+                progress=0.0,
+                message=f"tried again in {seconds:.0f} s: {failure}",
+            )
 
     async def _finish(self, job: Job, state: JobState, message: str, error: str | None) -> None:
         try:

@@ -15,6 +15,7 @@ import pytest
 from catalog_kit import ADMIN, Desk, open_desk
 
 from memos_vllm.domain.job import Job, JobKind, JobState
+from memos_vllm.domain.turn import NewTurn
 from memos_vllm.engine import job_runner
 from memos_vllm.engine.job_runner import Handler, JobRunner, Report
 from memos_vllm.errors import MemosError, NotFound, Unavailable
@@ -126,6 +127,26 @@ async def test_a_job_that_fails_says_why_and_the_runner_goes_on(
         ended = await finished(desk, queue(desk))
         assert (ended.state, ended.error) == (state, error)
         assert (await finished(desk, queue(desk))).state is JobState.SUCCEEDED
+
+
+async def test_facts_are_read_again_when_what_was_down_is_back(desk: Desk) -> None:
+    failures: list[MemosError] = [Unavailable("the index is down"), MemosError("no JSON")]
+
+    async def handle(job: Job, report: Report) -> str:
+        if failures:
+            raise failures.pop(0)
+        return "all done"
+
+    async with running(desk, extract=handle):
+        turns = [NewTurn("user", "Hello.")]
+        _, job = desk.mos.remember_turn(ADMIN, "c", turns, session_id=None, read=True)
+        assert job is not None
+        waiting = await until(desk, job, lambda now: "tried again" in now.message)
+        assert (waiting.state, waiting.attempts) == (JobState.RUNNING, 1)
+        assert "the index is down" in waiting.message
+        desk.clock.advance(6)
+        ended = await finished(desk, job)
+        assert (ended.state, ended.error, ended.attempts) == (JobState.FAILED, "no JSON", 2)
 
 
 async def test_progress_reaches_who_watches_and_the_lease_is_kept(desk: Desk) -> None:
