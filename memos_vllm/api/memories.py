@@ -22,6 +22,7 @@ from memos_vllm.api.schemas import (
     MemoriesInput,
     MemoriesQuery,
     MemoryPatchInput,
+    MergeInput,
     PathId,
 )
 from memos_vllm.domain.memory import Memory
@@ -161,9 +162,29 @@ async def _erase(call: Call, cube_id: str, memory_id: str, *, if_match: int | No
             object="memory",
             cube_id=erased.cube_id,
             versions_removed=erased.versions,
+            derived=list(erased.derived),
             artifacts_removed=len(erased.artifacts),
         )
     )
+
+
+@router.post(
+    "/v1/memcubes/{cube_id}/merge",
+    summary="Merge memories",
+    status_code=201,
+    response_model=MemoryReply,
+    responses=examples.answers(examples.MEMORY, 201),
+)
+async def merge_memories(call: CurrentCall, cube_id: PathId, body: MergeInput) -> Response:
+    """Put one new memory in the place of several, which become `merged`, with lineage both ways."""
+
+    def merge() -> Response:
+        new = call.mos.merge_memories(
+            call.actor, cube_id, body.memory_ids, text=body.text, reason=body.reason
+        )
+        return render(MemoryReply.model_validate(new), status=201)
+
+    return await answer_once(call, merge)
 
 
 @router.post(

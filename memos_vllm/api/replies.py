@@ -170,6 +170,9 @@ class ErasedReply(DeletedReply):
     cube_id: str
     erased: Literal[True] = True
     versions_removed: int
+    derived: list[str] = Field(
+        default=[], description="Memories that were derived from it, and are erased too."
+    )
 
 
 class JobReply(Reply):

@@ -32,6 +32,7 @@ from memos_vllm.domain.memory import (
     Source,
     Tier,
 )
+from memos_vllm.domain.merge import MAX_PARENTS
 from memos_vllm.domain.page import DEFAULT_LIMIT, MAX_LIMIT
 from memos_vllm.domain.patch import UNSET
 
@@ -175,6 +176,30 @@ class MemoriesInput(Input):
     )
 
     memories: list[MemoryInput] = Field(description=f"At most {MAX_BATCH}, 64 KiB of text each.")
+    reason: str | None = Field(default=None, description="Why, for the history.")
+
+
+class MergeInput(Input):
+    """POST /v1/memcubes/{id}/merge."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "memory_ids": [
+                        "mem_01k9z3v7q0c4m8x2h5r6t1w9n",
+                        "mem_01k9z3v7q0c4m8x2h5r6t1w9m",
+                    ],
+                    "text": "Refunds take five working days, and the returns desk is in Leeds.",
+                }
+            ]
+        }
+    )
+
+    memory_ids: list[str] = Field(description=f"2 to {MAX_PARENTS} active memories.")
+    text: str | None = Field(
+        default=None, description="What the new one says; the parents' texts when absent."
+    )
     reason: str | None = Field(default=None, description="Why, for the history.")
 
 

@@ -148,6 +148,30 @@ def update(
 
 
 @app.command()
+def merge(
+    cube: CubeId,
+    memories: Annotated[
+        list[str], typer.Argument(metavar="MEMORY...", help="The memories' ids, two or more.")
+    ],
+    *,
+    text: Annotated[
+        str | None,
+        typer.Option(help="What the new memory says; their texts if absent.", show_default=False),
+    ] = None,
+    reason: Annotated[
+        str | None, typer.Option(help="Why, for the history.", show_default=False)
+    ] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put one new memory in the place of several; they keep their history."""
+    with connect(url, api_key) as mos:
+        new = mos.cube(cube).merge(memories, text=text, reason=reason)
+    _say_moved(new, as_json=as_json)
+
+
+@app.command()
 def archive(
     cube: CubeId,
     memory: MemoryId,

@@ -216,6 +216,25 @@ class CubeCalls(PlaintextCalls):
         return self._session.call(call)
 
     @operation
+    def merge(
+        self, memory_ids: Sequence[str], *, text: str | None = None, reason: str | None = None
+    ) -> Flow[MemoryInfo]:
+        """Put one new memory in the place of 2 to 256 active ones, with lineage both ways.
+
+        Args:
+            text: what it says; their texts, one below the other, when not given.
+            reason: why, for the history.
+        """
+        body = {"memory_ids": list(memory_ids), "text": text, "reason": reason}
+        call = Call(
+            "POST",
+            f"{self._path}/merge",
+            MemoryInfo.from_json,
+            body={name: value for name, value in body.items() if value is not None},
+        )
+        return self._session.call(call)
+
+    @operation
     def archive(self, memory_id: str, *, version: int | None = None) -> Flow[MemoryInfo]:
         """Take a memory out of use; `restore` brings it back."""
         return self._move(memory_id, "archive", version)

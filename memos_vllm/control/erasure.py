@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Sequence
 
 from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
 
-from memos_vllm.control.access import open_cube, open_memory
+from memos_vllm.control.access import OpenCube, open_cube, open_memory, visible
+from memos_vllm.control.batches import in_parts
 from memos_vllm.control.composition import take_artifacts
 from memos_vllm.control.idempotency import forget_replies
 from memos_vllm.control.indexing import note_changed
 from memos_vllm.control.service import Service, bump, check_version
-from memos_vllm.control.tables import MemoryRow, MemoryVersionRow
+from memos_vllm.control.tables import (
+    CubeRow,
+    LineageRow,
+    MemoryRow,
+    MemoryVersionRow,
+    Relation,
+)
 from memos_vllm.domain.access import Access, Principal
 from memos_vllm.domain.artifact import ErasedMemory
 from memos_vllm.domain.ids import CubeId, MemoryId
@@ -33,8 +42,9 @@ class EraseService(Service):
     ) -> ErasedMemory:
         """Remove a memory without trace: text, every version, edges, and stored replies.
 
-        The cube's epoch moves, so all of its artifacts are out of reach; the audit log keeps a
-        keyed hash of each version's text. Legal in every state.
+        What was derived from it goes with it, and what was derived from that: it says the same in
+        other words. The cube's epoch moves, so all of its artifacts are out of reach; the audit
+        log keeps a keyed hash of each version's text. Legal in every state.
 
         Args:
             tombstone_key: secret key of the hashes.
@@ -51,41 +61,97 @@ class EraseService(Service):
             cube = open_cube(session, actor, cube_id, Access.WRITE)
             row = open_memory(session, cube, memory_id)
             check_version(expected=if_match, found=row.version)
-            texts = session.scalars(
-                select(MemoryVersionRow.text)
-                .where(MemoryVersionRow.memory_seq == row.seq)
-                .order_by(MemoryVersionRow.version)
-            ).all()
-            hashes = [_tombstone(tombstone_key, text) for text in dict.fromkeys(texts)]
-            artifacts = take_artifacts(session, cube.row.id)
-            forget_replies(session, naming=row.id)
-            session.execute(delete(MemoryRow).where(MemoryRow.seq == row.seq))
-            note_changed(session, cube.row.id, [row.seq])
-            cube.row.epoch += 1
-            bump(cube.row, at=now, rescope=True)
-            self._log(
-                session,
-                actor,
-                "memory.erase",
-                cube_id=cube.row.id,
-                subject=row.id,
-                details={
-                    "text_hmac_sha256": hashes,
-                    "versions": len(texts),
-                    "artifacts": [record.id for record in artifacts],
-                    "version": cube.row.version,
-                    "epoch": cube.row.epoch,
-                },
-                at=now,
-            )
+            gone = [row, *_derived_from(session, row)]
+            shown = _shown(session, cube, gone[1:])
+            touched = {
+                cube_id: session.get_one(CubeRow, cube_id)
+                for cube_id in dict.fromkeys(memory.cube_id for memory in gone)
+            }
+            artifacts = {}
+            for cube_row in touched.values():
+                artifacts[cube_row.id] = take_artifacts(session, cube_row.id)
+                cube_row.epoch += 1
+                bump(cube_row, at=now, rescope=True)
+            texts = {memory.seq: _texts(session, memory) for memory in gone}
+            for memory in gone:
+                forget_replies(session, naming=memory.id)
+                session.execute(delete(MemoryRow).where(MemoryRow.seq == memory.seq))
+                note_changed(session, memory.cube_id, [memory.seq])
+            for memory in gone:
+                cube_row = touched[memory.cube_id]
+                hashes = [
+                    _tombstone(tombstone_key, text) for text in dict.fromkeys(texts[memory.seq])
+                ]
+                self._log(
+                    session,
+                    actor,
+                    "memory.erase",
+                    cube_id=cube_row.id,
+                    subject=memory.id,
+                    details={
+                        "text_hmac_sha256": hashes,
+                        "versions": len(texts[memory.seq]),
+                        "artifacts": [record.id for record in artifacts[cube_row.id]],
+                        "version": cube_row.version,
+                        "epoch": cube_row.epoch,
+                        **({} if memory is row else {"derived_from": row.id}),
+                    },
+                    at=now,
+                )
         return ErasedMemory(
             id=MemoryId(row.id),
             cube_id=CubeId(cube.row.id),
-            versions=len(texts),
+            versions=len(texts[row.seq]),
             epoch=cube.row.epoch,
-            artifacts=artifacts,
+            artifacts=[record for records in artifacts.values() for record in records],
+            derived=tuple(MemoryId(memory.id) for memory in shown),
             log_truncated=self._catalog.scrub(),
         )
+
+
+def _derived_from(session: Session, row: MemoryRow) -> list[MemoryRow]:
+    """Every memory that was derived from one, over any number of steps and in any cube."""
+    found: dict[int, MemoryRow] = {}
+    front = [row.seq]
+    while front:
+        known = {row.seq, *found}
+        new = {
+            child.seq: child
+            for seqs in in_parts(front)
+            for child in session.scalars(
+                select(MemoryRow)
+                .join(LineageRow, LineageRow.memory_seq == MemoryRow.seq)
+                .where(
+                    LineageRow.relation == Relation.DERIVED_FROM, LineageRow.target_seq.in_(seqs)
+                )
+                .order_by(MemoryRow.seq)
+            )
+            if child.seq not in known
+        }
+        found |= new
+        front = list(new)
+    return list(found.values())
+
+
+def _shown(session: Session, cube: OpenCube, rows: Sequence[MemoryRow]) -> list[MemoryRow]:
+    """Those of `rows` that the actor may see."""
+    seen = {
+        seq
+        for seqs in in_parts([row.seq for row in rows])
+        for seq in session.scalars(
+            select(MemoryRow.seq).where(MemoryRow.seq.in_(seqs), visible(cube, by_number=True))
+        )
+    }
+    return [row for row in rows if row.seq in seen]
+
+
+def _texts(session: Session, row: MemoryRow) -> Sequence[str]:
+    """What a memory said, version by version."""
+    return session.scalars(
+        select(MemoryVersionRow.text)
+        .where(MemoryVersionRow.memory_seq == row.seq)
+        .order_by(MemoryVersionRow.version)
+    ).all()
 
 
 def _tombstone(key: bytes, text: str) -> str:

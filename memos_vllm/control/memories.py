@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, open_cube, open_memory, visible
@@ -19,7 +19,13 @@ from memos_vllm.control.memory_writes import (
 )
 from memos_vllm.control.paging import check_limit, cut, number_key
 from memos_vllm.control.service import Service, bump, check_version
-from memos_vllm.control.tables import MemoryRow, MemoryTagRow, MemoryVersionRow
+from memos_vllm.control.tables import (
+    LineageRow,
+    MemoryRow,
+    MemoryTagRow,
+    MemoryVersionRow,
+    Relation,
+)
 from memos_vllm.control.views import load_memories, to_version
 from memos_vllm.domain.access import Access, Principal
 from memos_vllm.domain.checks import JsonObject, check_line
@@ -251,6 +257,13 @@ class MemoryService(Service):
             cube = open_cube(session, actor, cube_id, Access.WRITE)
             row = open_memory(session, cube, memory_id)
             check_version(expected=if_match, found=row.version)
+            if row.state is MemoryState.MERGED and verb is Verb.RESTORE:
+                session.execute(
+                    delete(LineageRow).where(
+                        LineageRow.memory_seq == row.seq,
+                        LineageRow.relation == Relation.MERGED_INTO,
+                    )
+                )
             row.state = move(row.state, verb, memory_id=row.id)
             self._keep_version(
                 session,

@@ -17,6 +17,7 @@ from memos_vllm.control.indexing import IndexService
 from memos_vllm.control.jobs import JobService
 from memos_vllm.control.log import LogService
 from memos_vllm.control.memories import MemoryService
+from memos_vllm.control.merging import MergeService
 from memos_vllm.control.tiers import TierService
 from memos_vllm.control.turns import TurnService
 from memos_vllm.domain.access import Principal
@@ -49,6 +50,7 @@ __all__ = [
 class Mos(
     CubeService,
     MemoryService,
+    MergeService,
     DocumentService,
     TurnService,
     FactService,

@@ -62,6 +62,7 @@ class ErasedMemory:
     Args:
         versions: how many versions of it were removed.
         epoch: the cube's new epoch.
+        derived: what went with it, because it was derived from it; only what the actor may see.
         log_truncated: the write-ahead log was emptied too. False when a reader held on to it for
             longer than the busy timeout; the next checkpoint then empties it.
     """
@@ -71,4 +72,5 @@ class ErasedMemory:
     versions: int
     epoch: int
     artifacts: list[ArtifactRecord]
+    derived: tuple[MemoryId, ...] = ()
     log_truncated: bool = True

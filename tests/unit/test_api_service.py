@@ -161,6 +161,7 @@ def test_the_error_table_and_body_keep_their_shape() -> None:
 
 
 ROUTES = {
+    ("post", "/v1/memcubes/{cube_id}/merge"),
     ("post", "/v1/memcubes"),
     ("get", "/v1/memcubes"),
     ("get", "/v1/memcubes/{cube_id}"),

@@ -159,6 +159,11 @@ def test_the_life_of_a_memory(run: Run, tmp_path: Path) -> None:
     assert "version" in stale.stderr
     assert "archived" in run("memory", "archive", "acme", memory).stdout
     assert "active" in run("memory", "restore", "acme", memory).stdout
+    (other,) = ids(run("memory", "add", "acme", "Or seven."))
+    new = run("memory", "merge", "acme", memory, other, "--text", "Six or seven days.").stdout
+    assert "active at version 1" in new
+    assert "state: merged" in run("memory", "show", "acme", memory).stdout
+    run("memory", "merge", "acme", other, code=1)
     history = run("memory", "history", "acme", memory).stdout
     assert "law" in history
     assert "Five days." in history
@@ -248,7 +253,10 @@ def test_every_command_with_json_prints_one_json_document(run: Run, tmp_path: Pa
     document.write_text("# A\none\n")
     talk.write_text('[{"role": "user", "content": "Hello"}]')
     json.loads(run("cube", "create", "acme", "--json").stdout)
-    memory = json.loads(run("memory", "add", "acme", "One.", "--json").stdout)["data"][0]["id"]
+    memory, more = (
+        json.loads(run("memory", "add", "acme", text, "--json").stdout)["data"][0]["id"]
+        for text in ("One.", "More.")
+    )
     for command in (
         ["cube", "list"],
         ["cube", "show", "acme"],
@@ -264,6 +272,7 @@ def test_every_command_with_json_prints_one_json_document(run: Run, tmp_path: Pa
         ["memory", "history", "acme", memory],
         ["memory", "add", "acme", str(document)],
         ["memory", "add-turns", "acme", str(talk)],
+        ["memory", "merge", "acme", memory, more],
         ["audit", "tail", "acme"],
         ["audit", "verify"],
         ["memory", "erase", "acme", memory],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -145,6 +146,7 @@ def test_the_life_of_a_memory_uses_the_routes_of_the_contract(connect: Connect) 
     memory = fakes.memory_json()
     script = Script(
         reply(200, memory),
+        reply(201, memory),
         reply(200, memory),
         reply(200, memory),
         reply(200, fakes.list_json({"version": 1}, {"version": 2})),
@@ -154,6 +156,7 @@ def test_the_life_of_a_memory_uses_the_routes_of_the_contract(connect: Connect) 
     mos = connect(script)
     cube = mos.cube("acme")
     cube.memory("mem_1")
+    cube.merge(["mem_1", "mem_2"], text="Both.")
     cube.archive("mem_1")
     cube.restore("mem_1")
     assert [version["version"] for version in cube.history("mem_1")] == [1, 2]
@@ -161,6 +164,7 @@ def test_the_life_of_a_memory_uses_the_routes_of_the_contract(connect: Connect) 
     assert mos.delete_cube("acme", version=7) is None
     assert script.paths == [
         "GET /v1/memcubes/acme/memories/mem_1",
+        "POST /v1/memcubes/acme/merge",
         "POST /v1/memcubes/acme/memories/mem_1/archive",
         "POST /v1/memcubes/acme/memories/mem_1/restore",
         "GET /v1/memcubes/acme/memories/mem_1/history?limit=200",
@@ -168,6 +172,10 @@ def test_the_life_of_a_memory_uses_the_routes_of_the_contract(connect: Connect) 
         "DELETE /v1/memcubes/acme",
     ]
     assert script.requests[-1].headers["If-Match"] == "7"
+    assert json.loads(script.requests[1].content) == {
+        "memory_ids": ["mem_1", "mem_2"],
+        "text": "Both.",
+    }
 
 
 def test_promote_waits_by_reading_the_job_until_it_has_ended(connect: Connect) -> None:
