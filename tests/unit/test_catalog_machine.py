@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from memos_vllm.domain.job import JobState
 from memos_vllm.domain.memory import MemoryPatch, NewMemory, Tier
-from memos_vllm.errors import Conflict
+from memos_vllm.errors import Conflict, InvalidRequest, NotFound
 
 Prefix = list[tuple[str, int]]
 TEXTS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
@@ -38,6 +38,8 @@ class Model:
     active: bool = True
     versions: int = 1
     position: int = 0
+    merged: bool = False
+    parents: frozenset[str] = frozenset()
 
 
 class CatalogMachine(RuleBasedStateMachine):
@@ -61,6 +63,13 @@ class CatalogMachine(RuleBasedStateMachine):
             prefix for prefix in self.ready if not {one for one, _ in prefix} & set(memory_ids)
         ]
 
+    def family(self, memory_id: str) -> set[str]:
+        """A memory and all that was derived from it."""
+        found = {memory_id}
+        while more := {k for k, one in self.model.items() if one.parents & found} - found:
+            found |= more
+        return found
+
     def prefix(self) -> Prefix:
         chosen = [
             (one.position, memory_id, one.versions)
@@ -77,7 +86,8 @@ class CatalogMachine(RuleBasedStateMachine):
 
     @rule(memory_id=memories, text=TEXTS)
     def edit(self, memory_id: str, text: str) -> None:
-        model = self.model[memory_id]
+        if (model := self.model.get(memory_id)) is None:
+            return
         patch = MemoryPatch(text=text)
         if not model.active:
             with pytest.raises(Conflict):
@@ -91,26 +101,50 @@ class CatalogMachine(RuleBasedStateMachine):
 
     @rule(memory_id=memories)
     def archive_or_restore(self, memory_id: str) -> None:
-        model = self.model[memory_id]
+        if (model := self.model.get(memory_id)) is None:
+            return
         calls = (self.desk.mos.archive_memory, self.desk.mos.restore_memory)
         legal, illegal = calls if model.active else calls[::-1]
-        with pytest.raises(Conflict):
-            illegal(ADMIN, "c", memory_id)
+        if not model.merged:
+            with pytest.raises(Conflict):
+                illegal(ADMIN, "c", memory_id)
         legal(ADMIN, "c", memory_id)
-        model.active = not model.active
+        model.active, model.merged = not model.active, False
         model.versions += 1
         self.stale(memory_id)
 
+    @rule(target=memories, one=memories, two=memories)
+    def merge(self, one: str, two: str) -> object:
+        parents = [self.model.get(memory_id) for memory_id in (one, two)]
+        if one == two or not all(parent is not None and parent.active for parent in parents):
+            with pytest.raises((Conflict, InvalidRequest, NotFound)):
+                self.desk.mos.merge_memories(ADMIN, "c", [one, two])
+            return multiple()
+        new = self.desk.mos.merge_memories(ADMIN, "c", [one, two])
+        for parent in parents:
+            assert parent is not None
+            parent.active, parent.merged, parent.versions = False, True, parent.versions + 1
+        self.stale(one, two)
+        self.model[new.id] = Model(new.text, parents=frozenset((one, two)))
+        return new.id
+
     @rule(memory_id=consumes(memories))
     def erase(self, memory_id: str) -> None:
+        if memory_id not in self.model:
+            return
+        family = self.family(memory_id)
         erased = self.desk.mos.erase_memory(ADMIN, "c", memory_id, tombstone_key=KEY)
-        assert erased.versions == self.model.pop(memory_id).versions
+        assert set(erased.derived) == family - {memory_id}
+        assert erased.versions == self.model[memory_id].versions
+        for gone in family:
+            del self.model[gone]
         self.erased.add(memory_id)
         self.ready = []
 
     @rule(memory_id=memories)
     def promote_one(self, memory_id: str) -> None:
-        self._promote([memory_id], named=[memory_id])
+        if memory_id in self.model:
+            self._promote([memory_id], named=[memory_id])
 
     @rule()
     def promote_all(self) -> None:
@@ -158,7 +192,14 @@ class CatalogMachine(RuleBasedStateMachine):
     def the_catalog_is_what_the_model_says(self) -> None:
         page = self.desk.mos.list_memories(ADMIN, "c", limit=1000)
         found = {
-            one.id: Model(one.text, one.state == "active", one.version, one.position)
+            one.id: Model(
+                one.text,
+                one.state == "active",
+                one.version,
+                one.position,
+                one.state == "merged",
+                frozenset(one.lineage.derived_from),
+            )
             for one in page.items
         }
         assert found == self.model
