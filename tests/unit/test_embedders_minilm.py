@@ -263,6 +263,22 @@ def test_a_missing_model_is_prepared_at_first_use_and_says_so(
     assert f"ready in {prepared}" in caplog.text
 
 
+def test_a_folder_of_an_earlier_version_is_brought_up_to_date_without_a_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packaged, "_installed_file", lambda _source: None)
+    monkeypatch.setattr(packaged, "_download", lambda *_: pytest.fail("it was downloaded"))
+    former = tmp_path / "minilm"
+    former.mkdir()
+    for name in ("model.onnx", "tokenizer.json"):
+        (former / name).write_bytes((folder / name).read_bytes())
+    (former / packaged.RECORD_FILE).write_text('{"recipe": 1, "files": {}}')
+    prepare("minilm-l6-v2-int8", target=former)
+    made = (former / "model-int8.onnx").read_bytes()
+    assert made == (folder / "model-int8.onnx").read_bytes()
+    assert (former / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
 def test_a_missing_package_is_named(
     package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
