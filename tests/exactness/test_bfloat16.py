@@ -20,7 +20,7 @@ CONVERSATIONS = [composed_messages(question) for question in QUESTIONS]
 CUBES = tuple(f"cube-{number}" for number in range(len(QUESTIONS)))
 BAKED = "baked"
 
-# 44 blocks of 128 tokens: a flood of three pools takes seconds.
+# 44 blocks of 128 tokens: a flood of two pools takes seconds.
 OPTIONS = ("--dtype", "bfloat16", "--num-gpu-blocks-override", "44")
 
 # Concurrent answers depend on how requests fall into batches, so the count of differences is a
@@ -115,7 +115,7 @@ def test_resident_memory_equals_the_warm_prefix_cache(
 def test_memory_after_a_flood_equals_the_warm_prefix_cache(
     server: MemoryServer, warm: list[Answer]
 ) -> None:
-    server.flood(times_the_pool=3)
+    server.flood(times_the_pool=2)
     run = server.asker.ask_each(memory_chats(BAKED))
     assert sources(run) == {"resident"}
     assert_identical(run, warm)

@@ -85,7 +85,7 @@ class TestDefault:
         assert_equal(plain, from_scratch[:4])
 
     def test_after_a_flood(self, default: MemoryServer, from_scratch: list[Answer]) -> None:
-        default.flood(times_the_pool=3)
+        default.flood(times_the_pool=2)
         run = default.asker.ask_all(memory_chats(CUBES[0]))
         assert sources(run) == {"resident"}
         assert_equal(run, from_scratch)
@@ -123,7 +123,7 @@ class TestSmall:
     def test_after_a_flood(self, small: MemoryServer, from_scratch: list[Answer]) -> None:
         # Used most, so that it is the one that stays within the residency budget.
         small.asker.ask_all(memory_chats(CUBES[0]))
-        small.flood(times_the_pool=3)
+        small.flood(times_the_pool=2)
         run = small.asker.ask_all(memory_chats(CUBES[0]))
         assert sources(run) == {"resident"}
         assert_equal(run, from_scratch)
