@@ -18,7 +18,7 @@ pytestmark = pytest.mark.server
 CONVERSATIONS = [composed_messages(question) for question in QUESTIONS]
 CUBES = tuple(f"cube-{number}" for number in range(len(QUESTIONS)))
 
-# 44 blocks of 128 tokens: each state turns it over, and a flood of three pools takes seconds.
+# 44 blocks of 128 tokens: each state turns it over, and a flood of two pools takes seconds.
 DEFAULT = ("--dtype", "float32", "--num-gpu-blocks-override", "44")
 # A head of 25 blocks, and too little for what the preemption test asks for at once.
 SMALL = (
