@@ -158,9 +158,7 @@ def merge(
         str | None,
         typer.Option(help="What the new memory says; their texts if absent.", show_default=False),
     ] = None,
-    reason: Annotated[
-        str | None, typer.Option(help="Why, for the history.", show_default=False)
-    ] = None,
+    reason: Reason = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,

@@ -89,24 +89,18 @@ def visible(cube: SeenCube, *, by_number: bool = False) -> ColumnElement[bool]:
     here = (unindexed(MemoryRow.cube_id) if by_number else MemoryRow.cube_id) == cube.cube_id
     if cube.role is Role.OWNER:
         return here
-    foreign_label = (
-        select(MemoryLabelRow.label)
-        .where(
-            MemoryLabelRow.memory_seq == MemoryRow.seq,
-            MemoryLabelRow.label.not_in(sorted(cube.labels)),
-        )
-        .exists()
-    )
-    return and_(here, ~foreign_label)
+    return and_(here, ~_under_label(MemoryLabelRow.label.not_in(sorted(cube.labels))))
 
 
 def foreign_label() -> ColumnElement[bool]:
     """Condition on `MemoryRow`: under a label that is none of the parameter "labels"."""
-    return (
-        select(MemoryLabelRow.label)
-        .where(MemoryLabelRow.memory_seq == MemoryRow.seq, ~one_of(MemoryLabelRow.label, "labels"))
-        .exists()
-    )
+    return _under_label(~one_of(MemoryLabelRow.label, "labels"))
+
+
+def _under_label(which: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Condition on `MemoryRow`: it has such a label."""
+    labels = select(MemoryLabelRow.label)
+    return labels.where(MemoryLabelRow.memory_seq == MemoryRow.seq, which).exists()
 
 
 def open_memory(session: Session, cube: OpenCube, memory_id: str) -> MemoryRow:

@@ -182,7 +182,7 @@ class CubeService(Service):
             _retire(session, row)
             session.execute(delete(MemoryTagRow).where(MemoryTagRow.cube_id == row.id))
             session.execute(delete(CubeRow).where(CubeRow.id == row.id))
-            forget_replies(session, naming=row.id)
+            forget_replies(session, naming=[row.id])
             note_gone(session, row.id)
             self._log(
                 session,

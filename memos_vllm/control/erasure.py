@@ -73,8 +73,8 @@ class EraseService(Service):
                 cube_row.epoch += 1
                 bump(cube_row, at=now, rescope=True)
             texts = {memory.seq: _texts(session, memory) for memory in gone}
+            forget_replies(session, naming=[memory.id for memory in gone])
             for memory in gone:
-                forget_replies(session, naming=memory.id)
                 session.execute(delete(MemoryRow).where(MemoryRow.seq == memory.seq))
                 note_changed(session, memory.cube_id, [memory.seq])
             for memory in gone:

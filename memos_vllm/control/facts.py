@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import insert, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import open_cube, open_memories, visible
 from memos_vllm.control.indexing import note_changed
-from memos_vllm.control.memory_writes import insert_memories
+from memos_vllm.control.memory_writes import insert_lineage, insert_memories
 from memos_vllm.control.service import Service, bump
 from memos_vllm.control.tables import LineageRow, MemoryRow, Relation
 from memos_vllm.control.views import load_memories
@@ -112,11 +112,6 @@ def _relate(session: Session, seq: int, relation: Relation, targets: Sequence[in
             )
         )
     )
-    rows = [
-        {"memory_seq": seq, "relation": relation, "target_seq": target}
-        for target in dict.fromkeys(targets)
-        if target not in known and target != seq
-    ]
-    if rows:
-        session.execute(insert(LineageRow), rows)
-    return bool(rows)
+    new = [target for target in dict.fromkeys(targets) if target not in known and target != seq]
+    insert_lineage(session, [(seq, relation, target) for target in new])
+    return bool(new)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
 from sqlalchemy import delete, select
@@ -132,15 +132,15 @@ class IdempotencyService(Service):
             )
 
 
-def forget_replies(session: Session, *, naming: str) -> None:
-    """Empty every stored answer that names a cube or a memory, and the digest of its request.
+def forget_replies(session: Session, *, naming: Sequence[str]) -> None:
+    """Empty every stored answer that names one of these ids, and the digest of its request.
 
     The keys stay used: repeating such a request must not bring back what was erased.
     """
-    needle = f'"{naming}"'.encode()
+    needles = [f'"{name}"'.encode() for name in naming]
     stored = select(IdempotencyRow).where(IdempotencyRow.body.is_not(None))
     for row in session.scalars(stored.execution_options(yield_per=100)):
-        if row.body is not None and needle in row.body:
+        if row.body is not None and any(needle in row.body for needle in needles):
             row.body = row.fingerprint = None
     session.flush()
 

@@ -15,10 +15,12 @@ from memos_vllm.control.composition import mark_stale
 from memos_vllm.control.indexing import note_changed
 from memos_vllm.control.tables import (
     EdgeRow,
+    LineageRow,
     MemoryLabelRow,
     MemoryRow,
     MemoryTagRow,
     MemoryVersionRow,
+    Relation,
 )
 from memos_vllm.control.views import source_to_json
 from memos_vllm.domain.access import Principal
@@ -140,6 +142,18 @@ def replace_edges(
     """Give the memory these edges and no others; raises NotFound, InvalidRequest."""
     session.execute(delete(EdgeRow).where(EdgeRow.memory_seq == row.seq))
     _insert_edges(session, cube, [(row, edges)])
+
+
+def insert_lineage(session: Session, lines: Iterable[tuple[int, Relation, int]]) -> None:
+    """Put lines of lineage down that are not there yet: of whom, how, and to whom."""
+    _insert(
+        session,
+        LineageRow,
+        [
+            {"memory_seq": seq, "relation": relation, "target_seq": target}
+            for seq, relation, target in lines
+        ],
+    )
 
 
 def replace_words(session: Session, rows: Sequence[MemoryRow]) -> None:

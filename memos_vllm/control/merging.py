@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import insert
-
 from memos_vllm.control.access import open_cube, open_memories
 from memos_vllm.control.composition import mark_stale
-from memos_vllm.control.memory_writes import insert_memories, record_versions
+from memos_vllm.control.memory_writes import insert_lineage, insert_memories, record_versions
 from memos_vllm.control.service import Service, bump
-from memos_vllm.control.tables import LineageRow, Relation
+from memos_vllm.control.tables import Relation
 from memos_vllm.control.views import load_memories
 from memos_vllm.domain.access import Access, Principal
 from memos_vllm.domain.lifecycle import Verb, move
@@ -64,21 +62,8 @@ class MergeService(Service):
                 reason=reason,
                 at=now,
             )
-            relations = [
-                pair
-                for row in rows
-                for pair in (
-                    (row.seq, Relation.MERGED_INTO, new.seq),
-                    (new.seq, Relation.DERIVED_FROM, row.seq),
-                )
-            ]
-            session.execute(
-                insert(LineageRow),
-                [
-                    {"memory_seq": seq, "relation": relation, "target_seq": target}
-                    for seq, relation, target in relations
-                ],
-            )
+            insert_lineage(session, [(row.seq, Relation.MERGED_INTO, new.seq) for row in rows])
+            insert_lineage(session, [(new.seq, Relation.DERIVED_FROM, row.seq) for row in rows])
             record_versions(
                 session, cube, rows, MemoryChange.MERGED, actor=actor, reason=reason, at=now
             )

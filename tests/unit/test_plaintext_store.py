@@ -52,6 +52,14 @@ def bench(desk: Desk) -> Bench:
     return Bench(desk)
 
 
+class SlowEmbedder(CountingEmbedder):
+    """Takes a moment for every batch."""
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        time.sleep(0.05)
+        return super().embed(texts)
+
+
 def find(
     plaintext: PlaintextStore,
     text: str,
@@ -202,11 +210,6 @@ def test_a_stuck_index_is_waited_for_no_longer_than_allowed(desk: Desk) -> None:
 def test_what_others_go_on_writing_is_not_waited_for(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Slow(CountingEmbedder):
-        def embed(self, texts: Sequence[str]) -> Vectors:
-            time.sleep(0.05)
-            return super().embed(texts)
-
     monkeypatch.setattr(follower, "BATCH", 2)
     disk, over = Disk(), threading.Event()
 
@@ -215,7 +218,7 @@ def test_what_others_go_on_writing_is_not_waited_for(
             desk.add(*("birch" for _ in range(20)))
             time.sleep(0.1)
 
-    with running(desk, lambda: FakeStore(disk), embedder=Slow()) as plaintext:
+    with running(desk, lambda: FakeStore(disk), embedder=SlowEmbedder()) as plaintext:
         eventually(lambda: plaintext._collections.serving is not None)
         desk.add("apple")
         writing = threading.Thread(target=write)
@@ -302,16 +305,11 @@ def test_a_switch_of_collections_breaks_off_no_search(bench: Bench) -> None:
 def test_closing_in_the_middle_of_a_long_walk_takes_one_batch_and_leaves_nothing(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Slow(CountingEmbedder):
-        def embed(self, texts: Sequence[str]) -> Vectors:
-            time.sleep(0.05)
-            return super().embed(texts)
-
     monkeypatch.setattr(follower, "BATCH", 5)
     desk.add(*(f"text {number}" for number in range(600)))
     before = child_pids()
     with edge_folder() as store:
-        embedder = Slow()
+        embedder = SlowEmbedder()
         with running(desk, store, embedder=embedder) as plaintext:
             eventually(lambda: embedder.calls > 2)
             calls, started = embedder.calls, time.monotonic()
