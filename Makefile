@@ -24,7 +24,7 @@ DEMO_DIR ?= .demo
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test exactness lint check bench clean
+.PHONY: help install demo test exactness soak gate lint check bench clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -34,18 +34,27 @@ install: $(PROJECT_STAMP) ## Make .venv with vLLM and this project
 demo: $(PROJECT_STAMP) ## Show memory at work on a real server, with times
 	@$(BIN)/memos-vllm demo --data-dir $(DEMO_DIR) $(DEMO_ARGS)
 
-test: $(PROJECT_STAMP) ## Run all tests: unit tests first, then those with real servers
-	$(BIN)/python -m pytest tests/unit tests/server tests/exactness $(PYTEST_ARGS)
+test: $(PROJECT_STAMP) ## Run the unit tests, then those with real servers
+	@# Two processes for what needs no server; whole files, since fixtures of a file are shared.
+	@# Exit code 5: options of your own chose tests of the other half only.
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest tests/server $(PYTEST_ARGS) || [ $$? = 5 ]
 
-exactness: $(PROJECT_STAMP) ## Only compare answers and KV pages with plain vLLM, in every state
-	$(BIN)/python -m pytest tests/exactness $(PYTEST_ARGS)
+exactness: $(PROJECT_STAMP) ## Compare answers and KV pages with plain vLLM, in every state
+	$(BIN)/python -m pytest tests/exactness $(PYTEST_ARGS) || [ $$? = 5 ]
+
+soak: $(PROJECT_STAMP) ## Run what takes long: the demo, and kills of every part under load
+	$(BIN)/python -m pytest tests/soak $(PYTEST_ARGS) || [ $$? = 5 ]
+
+gate: $(PROJECT_STAMP) ## Fail when memory has become slower beside plain vLLM than it was
+	$(BIN)/python -m benchmarks.gate
 
 lint: $(PROJECT_STAMP) ## Check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test ## What CI runs: lint, then test
+check: lint test exactness soak gate ## What CI runs: all of these, one after the other
 
 bench: $(PROJECT_STAMP) ## Run every benchmark
 	@for file in $$(grep -l __main__ benchmarks/*.py); do \

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Literal, TypeAlias
+from urllib.parse import unquote, urlsplit
 
 import platformdirs
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1 << 30
+# Names the run of a server to all its processes.
+RUN_VARIABLE = "MEMOS_RUN"
 DEFAULT_EMBEDDER = "minilm-l6-v2-int8"
 ArtifactDtype: TypeAlias = Literal["exact", "int8", "int4", "fp8"]
 
@@ -22,7 +25,16 @@ def default_data_dir() -> Path:
 
 def default_models_dir() -> Path:
     """Where `memos-vllm models prepare` puts models."""
-    return Path(platformdirs.user_cache_dir("memos-vllm", appauthor=False)) / "models"
+    return _cache_dir() / "models"
+
+
+def default_peers_dir() -> Path:
+    """Where the benchmarks put the environments of what they compare with."""
+    return _cache_dir() / "peers"
+
+
+def _cache_dir() -> Path:
+    return Path(platformdirs.user_cache_dir("memos-vllm", appauthor=False))
 
 
 class ServerSettings(BaseSettings):
@@ -38,8 +50,25 @@ class ServerSettings(BaseSettings):
         default_factory=default_data_dir,
         description="catalog, artifacts and keys of this server",
     )
+    ray_address: str | None = Field(
+        default=None, description="a Ray cluster to join; one of its own on this machine if absent"
+    )
+    ray_resource: str | None = Field(
+        default=None,
+        description="only nodes of that cluster that offer this Ray resource host the actors; any "
+        "node when absent",
+    )
+    # It may hold a password: child processes find it in the environment, not in vLLM's config.
     catalog_url: str | None = Field(
-        default=None, description="SQLAlchemy URL; SQLite in the data folder when absent"
+        default=None,
+        exclude=True,
+        repr=False,
+        description="SQLAlchemy URL; SQLite in the data folder when absent",
+    )
+    artifact_url: str | None = Field(
+        default=None,
+        description="file:// URL or path of the artifact folder, which servers of one catalog may "
+        "share; one in the data folder when absent",
     )
     artifact_budget_gib: float = Field(
         default=20.0, gt=0, description="most the artifact store may hold, in GiB"
@@ -54,6 +83,9 @@ class ServerSettings(BaseSettings):
     )
     allow_portable: bool = Field(
         default=False, description="load artifacts baked under another numerics class"
+    )
+    max_import_gib: float = Field(
+        default=64.0, gt=0, description="largest .memcube archive that is taken in, in GiB"
     )
     ticket_ttl_seconds: float = Field(default=300.0, gt=0)
     qdrant_url: str | None = Field(
@@ -95,17 +127,42 @@ class ServerSettings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
+    @field_validator("artifact_url")
+    @classmethod
+    def _folder(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parsed = urlsplit(value)
+        if parsed.scheme not in {"", "file"}:
+            raise ValueError(
+                f"KV is read through the page cache, so it takes a folder, not {parsed.scheme}://; "
+                "mount it, and give file:///its/path"
+            )
+        if parsed.netloc not in {"", "localhost"}:
+            raise ValueError(f"file://{parsed.netloc}/ names another host; give file:///a/path")
+        path = unquote(parsed.path) if parsed.scheme else value
+        return str(Path(path).expanduser().absolute())
+
     @property
     def resolved_catalog_url(self) -> str:
         return self.catalog_url or f"sqlite:///{self.data_dir / 'catalog.sqlite'}"
 
     @property
+    def run_dir(self) -> Path:
+        return self.data_dir / "run"
+
+    @property
     def artifacts_dir(self) -> Path:
-        return self.data_dir / "artifacts"
+        return Path(self.artifact_url) if self.artifact_url else self.data_dir / "artifacts"
 
     @property
     def index_dir(self) -> Path:
         return self.data_dir / "qdrant"
+
+    @property
+    def spool_dir(self) -> Path:
+        """Where archives lie while they are sent and received; files without a name."""
+        return self.data_dir / "run" / "spool"
 
     @property
     def secrets_dir(self) -> Path:
@@ -115,6 +172,10 @@ class ServerSettings(BaseSettings):
     def artifact_budget_bytes(self) -> int:
         return int(self.artifact_budget_gib * GIB)
 
+    @property
+    def max_import_bytes(self) -> int:
+        return int(self.max_import_gib * GIB)
+
 
 class ClientSettings(BaseSettings):
     """Where the command line and the Python client find their server."""
@@ -123,6 +184,45 @@ class ClientSettings(BaseSettings):
 
     url: str = "http://127.0.0.1:8000"
     api_key: str | None = None
+
+
+def set_run_environment(run: str) -> None:
+    """Mark every process that is started from now on as one of this run."""
+    os.environ[RUN_VARIABLE] = run
+
+
+def run_in_environment() -> str | None:
+    """The run that this process belongs to; None when no supervisor started it."""
+    return os.environ.get(RUN_VARIABLE)
+
+
+def set_ray_environment(token_path: Path) -> None:
+    """Have Ray stay on the loopback address, ask for our token and report to nobody."""
+    os.environ.update(
+        # What it is called for: systems whose firewalls ask about every port that is opened.
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(token_path),
+        RAY_USAGE_STATS_ENABLED="0",
+    )
+
+
+class VllmSwitches(BaseSettings):
+    """Settings of vLLM's that decide who gets in, or what is told about them."""
+
+    model_config = SettingsConfigDict(env_prefix="VLLM_", extra="ignore")
+
+    api_key: SecretStr | None = None
+    use_rust_frontend: str = "0"
+    debug_log_api_server_response: str = "false"
+
+    @property
+    def rust_frontend(self) -> bool:
+        return self.use_rust_frontend.strip() not in {"", "0"}
+
+    @property
+    def log_responses(self) -> bool:
+        return self.debug_log_api_server_response.strip().lower() == "true"
 
 
 def vllm_plugins_in_environment() -> list[str] | None:
@@ -135,6 +235,11 @@ def set_vllm_environment(**values: str) -> None:
     """Set variables that vLLM and its child processes read, keeping what the user had set."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+def set_catalog_url(url: str) -> None:
+    """Have child processes find the catalog here."""
+    os.environ["MEMOS_CATALOG_URL"] = url
 
 
 def set_vllm_plugins(names: list[str]) -> None:

@@ -5,7 +5,10 @@
     ├── InvalidRequest              the caller sent something unusable (400)
     │   ├── ContextTooLong          memory plus prompt exceed the model's context
     │   └── TemplateError           the model's chat template cannot render this
+    ├── Unauthenticated             no valid key (401)
+    ├── Forbidden                   for administrators only (403)
     ├── NotFound                    unknown, or not visible to the caller (404)
+    │   └── UnknownModel            `model` names nothing that the caller may use
     ├── Conflict                    the state of the object forbids it (409)
     ├── StaleVersion                If-Match did not match (412)
     ├── TooLarge                    over a documented size limit (413)
@@ -24,7 +27,20 @@ from __future__ import annotations
 
 
 class MemosError(Exception):
-    """Base of the tree; `str(error)` is a message that a user can act on."""
+    """Base of the tree; `str(error)` is a message that a user can act on.
+
+    Pickles with its fields, whatever its constructor takes: errors cross processes.
+    """
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[MemosError], args: tuple[object, ...], state: dict[str, object]) -> object:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigurationError(MemosError):
@@ -62,6 +78,23 @@ class TemplateError(InvalidRequest):
     """The model's chat template refuses to render the messages."""
 
 
+class Unauthenticated(MemosError):
+    """The request carries no key, or none that is valid: one answer for all of these."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a valid key is needed: send it once, as 'Authorization: Bearer KEY'; an administrator "
+            "makes keys with `memos-vllm keys create`"
+        )
+
+
+class Forbidden(MemosError):
+    """The caller is known, and this is for administrators only."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} is for administrators only; use an administrator's key")
+
+
 class NotFound(MemosError):
     """The object does not exist, or the caller may not see it: one answer for both."""
 
@@ -69,6 +102,13 @@ class NotFound(MemosError):
         super().__init__(f"{kind} '{identifier}' does not exist")
         self.kind = kind
         self.identifier = identifier
+
+
+class UnknownModel(NotFound):
+    """The model does not exist, or the caller may not use it."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__("model", model)
 
 
 class Conflict(MemosError):

@@ -61,7 +61,7 @@ class ResidentPrefix:
         scope: the artifact scope that it belongs to, for counting per cube.
         pins: in token order; a lost block cuts the list there, since a prefix cache hit
             needs every block before it.
-        rank: orders prefixes by worth; see `_rank_after_use`.
+        rank: orders prefixes by worth; see `rank_after_use`.
         kept_blocks: how many of the pins, from the first, are within the budget.
     """
 
@@ -79,6 +79,19 @@ class _KeptBlock:
     block_hash: Hashable
     rank: float
     owners: dict[Hashable, ResidentPrefix] = field(default_factory=dict)
+
+
+def rank_after_use(rank: float | None, age: float) -> float:
+    """Uses, halved every half-life: as log2(weight) + time, which orders weights of different
+    ages without decaying each.
+
+    Args:
+        rank: after the use before; None for the first one.
+        age: the time now, in half-lives since any fixed moment.
+    """
+    if rank is None:
+        return age
+    return age + math.log2(1.0 + 2.0 ** min(rank - age, 1000.0))
 
 
 class Residency:
@@ -131,7 +144,7 @@ class Residency:
             return
         now = self._clock()
         prefix = self._prefixes.get(key)
-        rank = self._rank_after_use(prefix, now)
+        rank = rank_after_use(prefix.rank if prefix else None, now / self._half_life)
         if prefix is None or prefix.pins != pins:
             if prefix is not None:
                 self._forget(prefix)
@@ -203,14 +216,6 @@ class Residency:
                 pin.block_id for pin in itertools.takewhile(self._is_ours, prefix.pins)
             )
         return {scope: len(found) for scope, found in ids.items()}
-
-    def _rank_after_use(self, prefix: ResidentPrefix | None, now: float) -> float:
-        """Uses, halved every half-life: as log2(weight) + time, which orders weights of
-        different ages without decaying each."""
-        age = now / self._half_life
-        if prefix is None:
-            return age
-        return age + math.log2(1.0 + 2.0 ** min(prefix.rank - age, 1000.0))
 
     def _is_ours(self, pin: Pin) -> bool:
         return self._pool is None or bool(

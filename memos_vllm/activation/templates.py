@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import jinja2
@@ -116,6 +117,27 @@ class JinjaChatTemplate:
             raise TemplateError(
                 f"the chat template cannot render these messages: {error}", param="messages"
             ) from error
+
+
+def load_template(folder: Path) -> JinjaChatTemplate:
+    """The chat template of a prepared model's folder.
+
+    Raises:
+        TemplateError: it has none, or one that is not valid.
+    """
+    config = folder / "tokenizer_config.json"
+    file = folder / "chat_template.jinja"
+    try:
+        settings: dict[str, Any] = json.loads(config.read_text()) if config.exists() else {}
+        source = file.read_text(encoding="utf-8") if file.exists() else settings["chat_template"]
+    except (OSError, ValueError, KeyError) as error:
+        raise TemplateError(f"{folder} has no chat template that can be read") from error
+    tokens = {
+        name: value
+        for name, value in settings.items()
+        if name.endswith("_token") and isinstance(value, str)
+    }
+    return JinjaChatTemplate(source, variables=tokens)
 
 
 def _message(role: str, text: str) -> Message:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 MEMORY_FIELDS = frozenset({"memcube_id", "mem_cube_id", "memos"})
 TRANSFER_FIELD = "kv_transfer_params"
+MODEL_FIELD = "model"
 
 # Where vLLM looks for extra arguments of a request, and where batch forms keep their requests.
 _CONTAINERS = frozenset({"vllm_xargs", "extra_args", "sampling_params", "requests", "batch"})
@@ -44,15 +45,19 @@ class GuardedBody:
     text: str | None
     dropped: int
     memory_fields: tuple[str, ...]
+    models: tuple[object, ...]
 
 
-def is_suspect(body: bytes, *, memory_fields: bool) -> bool:
-    """Say whether a body has to be parsed; two searches over the bytes, no copy.
+def is_suspect(body: bytes, *, memory_fields: bool, also: re.Pattern[bytes] | None = None) -> bool:
+    """Say whether a body has to be parsed; a few searches over the bytes, no copy.
 
     Args:
         body: the whole body as sent.
         memory_fields: also look for the fields that only the chat route takes.
+        also: what else to look for, wherever it stands; escapes of letters are looked for anyway.
     """
+    if also is not None and also.search(body) is not None:
+        return True
     names = _ANY_NAME if memory_fields else _TRANSFER_NAME
     if names.search(body) is not None:
         return True
@@ -63,7 +68,7 @@ def is_suspect(body: bytes, *, memory_fields: bool) -> bool:
 
 
 def guard_body(body: bytes) -> GuardedBody:
-    """Cut `kv_transfer_params` out of a body, and list the memory fields at its top.
+    """Cut `kv_transfer_params` out of a body; list the memory fields and models at its top.
 
     Raises:
         UnreadableBodyError: where json.loads, with which vLLM reads bodies, would fail too.
@@ -80,6 +85,7 @@ def guard_body(body: bytes) -> GuardedBody:
         text=walker.edited() if walker.dropped else None,
         dropped=walker.dropped,
         memory_fields=tuple(walker.memory_fields),
+        models=tuple(walker.models),
     )
 
 
@@ -96,6 +102,7 @@ class _Walker:
         self._cuts: list[tuple[int, int]] = []
         self.dropped = 0
         self.memory_fields: list[str] = []
+        self.models: list[object] = []
 
     def edited(self) -> str:
         """The text without the cut spans."""
@@ -126,6 +133,8 @@ class _Walker:
             value = _skip_whitespace(text, _skip_whitespace(text, name_end) + 1)
             if depth == 0 and name in MEMORY_FIELDS:
                 self.memory_fields.append(name)
+            if depth == 0 and name == MODEL_FIELD:
+                self.models.append(_DECODER.raw_decode(text, value)[0])
             end = self.walk(value, depth=depth + 1) if name in _CONTAINERS else self._skip(value)
             following = self._next(end)
             if name != TRANSFER_FIELD:

@@ -12,12 +12,15 @@ from typing import Annotated
 import anyio
 from fastapi import Depends, Header, Request, Response
 
+from memos_vllm.api import limits
 from memos_vllm.api.context import Call
+from memos_vllm.control.calls import CallKey, asked_under
 from memos_vllm.domain.reply import StoredReply
 from memos_vllm.errors import InvalidRequest
 
 REPLAYED_HEADER = "Idempotent-Replayed"
 
+_KEEP_SECONDS = 24 * 3600.0
 # How long a key stays reserved when the process that answers it dies.
 _HOLD_SECONDS = 60.0
 
@@ -28,7 +31,10 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 async def _if_match(
     if_match: Annotated[
         str | None,
-        Header(description="Version that must still be current; 412 when it is not."),
+        Header(
+            description="Version that must still be current; 412 when it is not.",
+            json_schema_extra=limits.VERSION,
+        ),
     ] = None,
 ) -> int | None:
     if if_match is None or if_match.strip() == "*":
@@ -45,6 +51,23 @@ async def _if_match(
 IfMatch = Annotated[int | None, Depends(_if_match)]
 
 
+async def _documented(
+    _: Annotated[
+        str | None,
+        Header(
+            alias="Idempotency-Key",
+            description="The same key and body give the same answer once; another body gives 409.",
+            json_schema_extra=limits.KEY,
+        ),
+    ] = None,
+) -> None:
+    """Shows the header on the OpenAPI page; `_key` reads it."""
+
+
+TAKES_KEY = [Depends(_documented)]
+"""The dependencies of routes that answer once."""
+
+
 async def answer_once(
     call: Call, act: Callable[[], Response], *, body: bytes | None = None
 ) -> Response:
@@ -53,8 +76,8 @@ async def answer_once(
     Only success is kept: a refused request changed nothing and may be sent again.
 
     Args:
-        act: changes the catalog, and nothing else; runs in a worker thread. The change and the
-            answer are committed together.
+        act: makes one change of the catalog and renders its result; runs in a worker thread.
+            The change and its result are committed together.
         body: what the request says, where equal requests may differ in their bytes.
     Raises:
         Conflict: the key was used with another method, path or body.
@@ -65,19 +88,24 @@ async def answer_once(
     sent = await call.request.body() if body is None else body
     fingerprint = await call.api.read(_fingerprint, call.request, sent)
 
-    first: list[Response] = []
+    named = CallKey(call.actor.id, key, fingerprint, _KEEP_SECONDS)
 
-    def answer() -> StoredReply:
-        first.append(act())
-        return StoredReply(first[0].status_code, bytes(first[0].body))
+    def answer() -> Response:
+        with asked_under(named) as asked:
+            response = act()
+        if asked.repeated:
+            response.headers[REPLAYED_HEADER] = "true"
+        return response
 
-    async with call.api.locks.hold((call.actor.id, key)):
-        reply = await call.api.write(call.mos.answer_once, call.actor, key, fingerprint, answer)
-    return first[0] if first else _repeated(reply)
+    return await call.api.write(answer)
 
 
 async def answer_job_once(
-    call: Call, act: Callable[[], Awaitable[Response]], *, takes_seconds: float
+    call: Call,
+    act: Callable[[], Awaitable[Response]],
+    *,
+    takes_seconds: float,
+    body: bytes | None = None,
 ) -> Response:
     """As `answer_once`, for an `act` that starts a job and may wait for its end.
 
@@ -87,11 +115,13 @@ async def answer_job_once(
 
     Args:
         takes_seconds: how long `act` may wait, on top of its own work.
+        body: as of `answer_once`.
     """
     key = _key(call)
     if key is None:
         return await act()
-    fingerprint = await call.api.read(_fingerprint, call.request, await call.request.body())
+    sent = await call.request.body() if body is None else body
+    fingerprint = await call.api.read(_fingerprint, call.request, sent)
     async with call.api.locks.hold((call.actor.id, key)):
         stored = await call.api.write(
             call.mos.reserve_reply,

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from memos_vllm.api import examples
-from memos_vllm.api.conditions import IfMatch, answer_once
+from memos_vllm.api.conditions import TAKES_KEY, IfMatch, answer_once
 from memos_vllm.api.context import Call, CurrentCall
 from memos_vllm.api.replies import (
     CubeReply,
@@ -32,7 +32,8 @@ def _resident_tokens(call: Call, cube_id: str) -> int:
         return 0
 
 
-def _reply(call: Call, cube: Cube) -> CubeReply:
+def cube_reply(call: Call, cube: Cube) -> CubeReply:
+    """A cube with what the engine holds of it."""
     reply = CubeReply.model_validate(cube)
     # KV of what was demoted or edited stays in the pool for a while and is of no use any more.
     resident = _resident_tokens(call, cube.id)
@@ -46,6 +47,7 @@ def _reply(call: Call, cube: Cube) -> CubeReply:
     status_code=201,
     response_model=CubeReply,
     responses=examples.answers(examples.CUBE, 201),
+    dependencies=TAKES_KEY,
 )
 async def create_cube(call: CurrentCall, body: CubeInput | None = None) -> Response:
     """Create an empty cube. Without `id` the server chooses one."""
@@ -60,7 +62,7 @@ async def create_cube(call: CurrentCall, body: CubeInput | None = None) -> Respo
             preamble=cube.preamble,
             labels=cube.labels,
         )
-        return render(_reply(call, created), status=201)
+        return render(cube_reply(call, created), status=201)
 
     return await answer_once(call, create)
 
@@ -76,7 +78,7 @@ async def list_cubes(call: CurrentCall, query: Annotated[PageQuery, Query()]) ->
 
     def read() -> Response:
         page = call.mos.list_cubes(call.actor, limit=query.limit, cursor=query.cursor)
-        data = [_reply(call, cube) for cube in page.items]
+        data = [cube_reply(call, cube) for cube in page.items]
         return render(ListReply[CubeReply](data=data, next_cursor=page.next_cursor))
 
     return await call.api.read(read)
@@ -90,7 +92,9 @@ async def list_cubes(call: CurrentCall, query: Annotated[PageQuery, Query()]) ->
 )
 async def get_cube(call: CurrentCall, cube_id: PathId) -> Response:
     """Read one cube."""
-    return await call.api.read(lambda: render(_reply(call, call.mos.get_cube(call.actor, cube_id))))
+    return await call.api.read(
+        lambda: render(cube_reply(call, call.mos.get_cube(call.actor, cube_id)))
+    )
 
 
 @router.patch(
@@ -107,7 +111,7 @@ async def update_cube(
 
     def change() -> Response:
         cube = call.mos.update_cube(call.actor, cube_id, patch, if_match=if_match)
-        return render(_reply(call, cube))
+        return render(cube_reply(call, cube))
 
     return await call.api.write(change)
 

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from memos_vllm.api import examples
-from memos_vllm.api.conditions import answer_once
+from memos_vllm.api.conditions import TAKES_KEY, answer_once
 from memos_vllm.api.context import CurrentCall
 from memos_vllm.api.form import Part, files_and_fields, read_form
 from memos_vllm.api.json_body import parse_json
@@ -132,6 +132,7 @@ _FORM = {
     response_model=DocumentListReply,
     responses=examples.answers(examples.DOCUMENT, 201),
     openapi_extra=_FORM,
+    dependencies=TAKES_KEY,
 )
 async def add_document(call: CurrentCall, cube_id: PathId) -> Response:
     """Cut a document into memories along its structure, with page and headings as provenance.

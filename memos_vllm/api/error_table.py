@@ -23,6 +23,8 @@ ERROR_TABLE: Mapping[type[errors.MemosError], ErrorRow] = {
     errors.ContextTooLong: ErrorRow(400, "invalid_request_error", "context_length_exceeded"),
     errors.TemplateError: ErrorRow(400, "invalid_request_error", "template_error"),
     errors.InvalidRequest: ErrorRow(400, "invalid_request_error", "invalid_request"),
+    errors.Unauthenticated: ErrorRow(401, "authentication_error", "invalid_api_key"),
+    errors.Forbidden: ErrorRow(403, "permission_error", "forbidden"),
     errors.NotFound: ErrorRow(404, "not_found_error", "not_found"),
     errors.Conflict: ErrorRow(409, "conflict_error", "conflict"),
     errors.StaleVersion: ErrorRow(412, "conflict_error", "stale_version"),
@@ -74,6 +76,8 @@ def error_response(
     headers = {}
     if isinstance(error, errors.Unavailable):
         headers["Retry-After"] = str(max(1, error.retry_after_seconds))
+    if isinstance(error, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(
         {**describe_error(error), **(extra or {})},
         status_code=error_row(error).status,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 _TIME = "2030-01-31T12:00:00Z"
 
 ERROR = {
@@ -12,6 +14,15 @@ ERROR = {
         "type": "not_found_error",
         "param": None,
         "code": "not_found",
+    }
+}
+
+UNAVAILABLE = {
+    "error": {
+        "message": "the catalog does not answer (database is locked); try again",
+        "type": "server_error",
+        "param": None,
+        "code": "unavailable",
     }
 }
 
@@ -62,6 +73,25 @@ MEMORY = {
     "usage": {"hits": 3, "last_used_at": _TIME},
 }
 
+KEY = {
+    "id": "key_01k9z3v7q0c4m8x2h5r6t1w9n",
+    "object": "key",
+    "principal": "alice",
+    "kind": "user",
+    "admin": False,
+    "prefix": "mos_k7f3q9xz",
+    "state": "active",
+    "created_at": _TIME,
+    "created_by": "ops",
+    "last_used_at": _TIME,
+    "expires_at": None,
+    "revoked_at": None,
+}
+
+NEW_KEY = {**KEY, "last_used_at": None, "key": "mos_k7f3q9xz_..."}
+
+PRINCIPAL = {"id": "alice", "object": "principal", "kind": "user", "admin": False}
+
 SEARCH = {
     "object": "list",
     "data": [
@@ -111,6 +141,7 @@ MEMORY_VERSION = {
     "reason": None,
     "changed_by": "local",
     "changed_at": _TIME,
+    "lineage": {"derived_from": [], "merged_into": None, "supersedes": []},
 }
 
 JOB = {
@@ -122,6 +153,7 @@ JOB = {
     "progress": 0.5,
     "message": "prefilling 3072 tokens",
     "error": None,
+    "proofs": [],
     "created_at": _TIME,
     "updated_at": _TIME,
 }
@@ -153,12 +185,29 @@ AUDIT = {
     "seq": 7,
     "at": _TIME,
     "actor": "local",
-    "action": "memory.edit",
+    "action": "memory.update",
     "cube_id": "acme-support",
     "subject": MEMORY["id"],
     "details": {"version": 2},
     "previous_hash": "9f" * 32,
     "hash": "3c" * 32,
+}
+
+AUDIT_LINES = (
+    '{"seq": 7, "at": "2026-01-31T12:00:00.000000+00:00", "actor": "local", "action": '
+    '"memory.update", "cube_id": "acme-support", "subject": "mem_01", "details": {}, '
+    f'"previous_hash": "{"9f" * 32}", "hash": "{"3c" * 32}"}}\n'
+    f'{{"object": "audit.head", "seq": 7, "hash": "{"3c" * 32}"}}\n'
+)
+
+GRANT = {
+    "object": "grant",
+    "cube_id": "acme-support",
+    "principal": "ann",
+    "role": "editor",
+    "labels": ["finance"],
+    "granted_by": "local",
+    "granted_at": _TIME,
 }
 
 VERDICT = {
@@ -183,9 +232,43 @@ HEALTH = {"status": "ready", "parts": {"catalog": "ready", "engine": "ready"}}
 EVENTS = 'event: progress\ndata: {"id": "job_01k9z3v7q0c4m8x2h5r6t1w9n", "progress": 0.5, ...}\n\n'
 
 
+LOADED_CUBE = {
+    **CUBE,
+    "origin": "acme-support",
+    "ids_mapped": 0,
+    "memory_ids": {},
+    "warnings": [],
+}
+
+DIFFERENCE: dict[str, Any] = {"kind": "only_here", "here": MEMORY, "there": None, "fields": []}
+
+
 def page(item: object) -> dict[str, Any]:
     """A list of one."""
     return {"object": "list", "data": [item], "next_cursor": None}
+
+
+def refusals(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The `responses` that every route has. With them FastAPI documents no 422 of its own: a bad
+    request is a 400 here."""
+    return {
+        "4XX": {
+            "model": model,
+            "description": "Refused; the message says why and how to mend it.",
+            "content": {"application/json": {"example": ERROR}},
+        },
+        503: unavailable(model),
+    }
+
+
+def unavailable(model: type[BaseModel], **more: Any) -> dict[str, Any]:
+    """The answer of a part that is down; `more` stands in its example beside the error."""
+    return {
+        "model": model,
+        "description": "A part is down or busy; try again after so many seconds.",
+        "headers": {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}},
+        "content": {"application/json": {"example": {**UNAVAILABLE, **more}}},
+    }
 
 
 def answers(example: object, *statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
+from memos_vllm.cartridge.artifacts import CarriedArtifact
 from memos_vllm.domain.artifact import ArtifactRecord
+from memos_vllm.domain.cartridge import LoadedCube
+
+
+class CartridgeSupport(Protocol):
+    """What whole cubes on their way need beside the catalog: disk, and their artifacts."""
+
+    @property
+    def spool_dir(self) -> Path:
+        """A folder for temporary files, on the disk of the data folder."""
+        ...
+
+    @property
+    def max_import_bytes(self) -> int:
+        """The largest archive that is taken in."""
+        ...
+
+    def open_artifacts(self, cube_id: str) -> list[CarriedArtifact]:
+        """The cube's current artifacts, with their files open; blocks."""
+        ...
+
+    async def adopt_artifacts(
+        self, loaded: LoadedCube, artifacts: Iterable[CarriedArtifact]
+    ) -> list[str]:
+        """Take over the artifacts that fit this model and this cube, and have the rest computed.
+
+        Args:
+            artifacts: gone through in a worker thread, in order, once.
+        Returns:
+            What was kept out and why, in words.
+        """
+        ...
 
 
 class EngineGateway(Protocol):
     """The engine's side of the HTTP surface."""
+
+    @property
+    def cartridges(self) -> CartridgeSupport: ...
 
     async def status(self) -> Mapping[str, object]:
         """Versions, model fingerprint, residency budget and use, stores: JSON values only."""

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 
 from memos_vllm.api import examples
-from memos_vllm.api.conditions import answer_job_once
+from memos_vllm.api.conditions import TAKES_KEY, answer_job_once
 from memos_vllm.api.context import Call, CurrentCall
 from memos_vllm.api.error_table import describe_error
 from memos_vllm.api.replies import JobReply, ListReply, render
@@ -39,14 +39,15 @@ _ACCEPTED = examples.answers(examples.JOB, 200, 202)
     status_code=202,
     response_model=JobReply,
     responses=_ACCEPTED,
+    dependencies=TAKES_KEY,
 )
 async def promote(call: CurrentCall, cube_id: PathId, body: PromoteInput) -> Response:
     """Start a job that compiles the memories; 202 with the job, or 200 when waited for."""
 
     async def act() -> Response:
         if body.tier is Tier.ACTIVATION:
-            # An unknown cube is a 404 before the engine is asked anything.
-            await call.api.read(call.mos.get_cube, call.actor, cube_id)
+            # Who may not is told so before the engine is asked, which measures what is there.
+            await call.api.read(call.mos.require_writable, call.actor, cube_id)
             await call.gateway.check_composition(cube_id, adding=body.selected)
         job = await call.api.write(
             call.mos.promote, call.actor, cube_id, to=body.tier, memory_ids=body.selected
@@ -62,6 +63,7 @@ async def promote(call: CurrentCall, cube_id: PathId, body: PromoteInput) -> Res
     status_code=202,
     response_model=JobReply,
     responses=_ACCEPTED,
+    dependencies=TAKES_KEY,
 )
 async def demote(call: CurrentCall, cube_id: PathId, body: DemoteInput) -> Response:
     """Start a job that takes the memories out; 202 with the job, or 200 when waited for."""
@@ -81,6 +83,7 @@ async def demote(call: CurrentCall, cube_id: PathId, body: DemoteInput) -> Respo
     status_code=202,
     response_model=JobReply,
     responses=_ACCEPTED,
+    dependencies=TAKES_KEY,
 )
 async def reindex(
     call: CurrentCall, cube_id: PathId, query: Annotated[WaitQuery, Query()]

@@ -70,7 +70,10 @@ def parse_json(body: bytes) -> object:
     except RecursionError as error:
         raise InvalidRequest("the body is nested too deeply") from error
     except ValueError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+        # Python's own says how to lift it.
+        too_long = "integer string conversion" in str(error)
+        why = "it holds a number of more than 4,300 digits" if too_long else error
+        raise InvalidRequest(f"the body is not valid JSON: {why}") from error
     return value
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from memos_vllm.api import examples
-from memos_vllm.api.conditions import IfMatch, answer_once
+from memos_vllm.api.conditions import TAKES_KEY, IfMatch, answer_once
 from memos_vllm.api.context import Call, CurrentCall
 from memos_vllm.api.replies import (
     ErasedReply,
@@ -19,6 +19,7 @@ from memos_vllm.api.replies import (
 from memos_vllm.api.route import MemosRoute
 from memos_vllm.api.schemas import (
     EraseQuery,
+    KeepInput,
     MemoriesInput,
     MemoriesQuery,
     MemoryPatchInput,
@@ -43,6 +44,7 @@ def _render(memory: Memory) -> Response:
     status_code=201,
     response_model=ListReply[MemoryReply],
     responses=examples.answers(examples.page(examples.MEMORY), 201),
+    dependencies=TAKES_KEY,
 )
 async def add_memories(call: CurrentCall, cube_id: PathId, body: MemoriesInput) -> Response:
     """Add up to 1,000 memories in one transaction: all of them, or none."""
@@ -134,7 +136,9 @@ async def delete_memory(
 ) -> Response:
     """Archive a memory; with `erase=true` remove its text, its versions and all KV built from it.
 
-    What stays of an erased memory is an audit row with a keyed hash of the text.
+    The text is gone once this is answered. The job that the answer names removes what it led to
+    elsewhere, such as freed space in files, and lists how it knows that each is gone. What stays of
+    an erased memory is an audit row with a keyed hash of the text.
     """
     if query.erase:
         return await _erase(call, cube_id, memory_id, if_match=if_match)
@@ -163,7 +167,9 @@ async def _erase(call: Call, cube_id: str, memory_id: str, *, if_match: int | No
             cube_id=erased.cube_id,
             versions_removed=erased.versions,
             derived=list(erased.derived),
-            artifacts_removed=len(erased.artifacts),
+            # Those of other cubes, where it was derived from, are not the caller's to know.
+            artifacts_removed=sum(record.cube_id == cube_id for record in erased.artifacts),
+            job_id=erased.job,
         )
     )
 
@@ -174,6 +180,7 @@ async def _erase(call: Call, cube_id: str, memory_id: str, *, if_match: int | No
     status_code=201,
     response_model=MemoryReply,
     responses=examples.answers(examples.MEMORY, 201),
+    dependencies=TAKES_KEY,
 )
 async def merge_memories(call: CurrentCall, cube_id: PathId, body: MergeInput) -> Response:
     """Put one new memory in the place of several, which become `merged`, with lineage both ways."""
@@ -188,10 +195,40 @@ async def merge_memories(call: CurrentCall, cube_id: PathId, body: MergeInput) -
 
 
 @router.post(
+    "/v1/memcubes/{cube_id}/keep",
+    summary="Keep memories of another cube",
+    status_code=201,
+    response_model=ListReply[MemoryReply],
+    responses=examples.answers(examples.page(examples.MEMORY), 201),
+    dependencies=TAKES_KEY,
+)
+async def keep_memories(call: CurrentCall, cube_id: PathId, body: KeepInput) -> Response:
+    """Take memories over from another cube, such as a session's, with lineage.
+
+    What this cube says already, word for word, is not added again. Erasing the origin erases what
+    was kept of it.
+    """
+
+    def keep() -> Response:
+        kept = call.mos.keep_memories(
+            call.actor,
+            cube_id,
+            from_cube=body.from_,
+            memory_ids=body.selected,
+            reason=body.reason,
+        )
+        data = [MemoryReply.model_validate(memory) for memory in kept]
+        return render(ListReply[MemoryReply](data=data), status=201)
+
+    return await answer_once(call, keep)
+
+
+@router.post(
     _ONE + "/archive",
     summary="Archive a memory",
     response_model=MemoryReply,
     responses=examples.answers(examples.MEMORY, 200),
+    dependencies=TAKES_KEY,
 )
 async def archive_memory(
     call: CurrentCall, cube_id: PathId, memory_id: PathId, if_match: IfMatch
@@ -209,6 +246,7 @@ async def archive_memory(
     summary="Restore a memory",
     response_model=MemoryReply,
     responses=examples.answers(examples.MEMORY, 200),
+    dependencies=TAKES_KEY,
 )
 async def restore_memory(
     call: CurrentCall, cube_id: PathId, memory_id: PathId, if_match: IfMatch
@@ -228,7 +266,7 @@ async def restore_memory(
     responses=examples.answers(examples.page(examples.MEMORY_VERSION), 200),
 )
 async def memory_history(call: CurrentCall, cube_id: PathId, memory_id: PathId) -> Response:
-    """Every version with who made it, when and why."""
+    """Every version with who made it, when, why, and from what."""
 
     def read() -> Response:
         versions = call.mos.memory_history(call.actor, cube_id, memory_id)

@@ -1,11 +1,15 @@
 """The request guard, for vLLM's `--middleware memos_vllm.api.middleware.MemosGuard`.
 
-It stands in front of every route of the server and does two things. Memory fields (`memcube_id`
-and its kin) on a route that does not take them are refused, because a route that ignored them
-would answer without the memory that the caller asked for. `kv_transfer_params`, wherever vLLM
-would read it, is removed and counted: only our own serving code may attach a ticket, and it does
-so behind this guard. Forms (audio uploads) are streamed through unread: their answer to forged
-parameters is the ticket's signature.
+It stands in front of every route and socket of the server. It lets in whoever has a key
+(`memos_vllm.api.authentication`) to the routes that the table opens to them
+(`memos_vllm.api.route_access`), and to no model that is hidden from them
+(`memos_vllm.api.model_access`).
+
+Memory fields (`memcube_id` and its kin) on a route that does not take them are refused, because a
+route that ignored them would answer without the memory that the caller asked for.
+`kv_transfer_params`, wherever vLLM would read it, is removed and counted: only our own serving code
+may attach a ticket, and it does so behind this guard. Forms (audio uploads) of administrators are
+streamed through unread: their answer to forged parameters is the ticket's signature.
 
 vLLM's development routes that put other weights into the running model are refused: stored KV is
 named by the weights that the server started with.
@@ -18,9 +22,25 @@ from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from memos_vllm.api.authentication import authenticator_of, principal_in, with_principal
 from memos_vllm.api.body_guard import GuardedBody, UnreadableBodyError, guard_body, is_suspect
 from memos_vllm.api.error_table import error_response
-from memos_vllm.errors import Conflict, InvalidRequest, MemosError, TooLarge
+from memos_vllm.api.model_access import (
+    ADAPTER_IN_JSON,
+    refuse_adapter,
+    refuse_adapter_in_form,
+    refuse_adapter_in_headers,
+    unknown_model_response,
+)
+from memos_vllm.api.route_access import Audience, audience, leads_somewhere
+from memos_vllm.errors import (
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    MemosError,
+    TooLarge,
+    UnknownModel,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,22 +89,37 @@ class MemosGuard:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        try:
+            scope = await _admit(scope)
+        except MemosError as error:
+            await _refuse(error, scope, receive, send)
+            return
         if scope["type"] != "http" or scope["method"] not in _METHODS_WITH_BODY:
             await self.app(scope, receive, send)
             return
         path = _route_path(scope)
+        admin = principal_in(scope).admin
         # Our own bodies never become sampling parameters, and a memory's text or metadata may
         # well hold these words.
-        if path == OWN_PREFIX or path.startswith(OWN_PREFIX + "/") or _is_form(scope):
+        if _is_own(path) or (_is_form(scope) and admin):
             await self.app(scope, receive, send)
             return
         body = await _read_body(receive)
         if body is None:
             return
         try:
-            guarded = _inspect(body, scope, path)
+            if not admin:
+                refuse_adapter_in_headers(scope)
+            if _is_form(scope):
+                await refuse_adapter_in_form(scope, body, _replay(body, receive))
+                guarded = None
+            else:
+                guarded = _inspect(body, scope, path, admin=admin)
         except MemosError as error:
-            await error_response(error)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
             return
         if guarded is not None and guarded.text is not None:
             _count_dropped(guarded.dropped)
@@ -93,13 +128,66 @@ class MemosGuard:
         await self.app(scope, _replay(body, receive), send)
 
 
-def _inspect(body: bytes, scope: Scope, path: str) -> GuardedBody | None:
+async def _admit(scope: Scope) -> Scope:
+    """Let a request in; the scope that comes back says who sent it.
+
+    Raises:
+        Unauthenticated, Unavailable: as `Authenticator.principal`.
+        Forbidden: the route is for administrators.
+    """
+    wanted = audience(_bare_path(scope), scope.get("method"))
+    if wanted is Audience.EVERYBODY or _is_allowed_preflight(scope):
+        return scope
+    principal = await authenticator_of(scope).principal(scope)
+    closed = wanted is Audience.ADMINISTRATORS and not principal.admin
+    if closed and leads_somewhere(scope):
+        raise Forbidden("this route")
+    return with_principal(scope, principal)
+
+
+def _is_allowed_preflight(scope: Scope) -> bool:
+    """A browser's question whether it may send a request, which never carries a key.
+
+    vLLM's CORS middleware, behind us, answers it without asking any route; it is let through to
+    there only when `--allowed-origins` names somebody.
+    """
+    if scope["type"] != "http" or scope["method"] != "OPTIONS":
+        return False
+    names = {name.lower() for name, _ in scope["headers"]}
+    args = getattr(scope["app"].state, "args", None)
+    return {b"origin", b"access-control-request-method"} <= names and bool(
+        getattr(args, "allowed_origins", ())
+    )
+
+
+async def _refuse(error: MemosError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with the error; a socket is told before it opens, where its server can do that."""
+    denial = "websocket.http.response"
+    if scope["type"] == "websocket" and denial not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008, "reason": ""})
+        return
+    if isinstance(error, UnknownModel):
+        answer = unknown_model_response(error, scope)
+    else:
+        answer = error_response(error)
+    await answer(scope, receive, send)
+
+
+def _is_own(path: str) -> bool:
+    return path == OWN_PREFIX or path.startswith(OWN_PREFIX + "/")
+
+
+def _inspect(body: bytes, scope: Scope, path: str, *, admin: bool) -> GuardedBody | None:
     """Judge one body; None means that it may pass as it is.
+
+    Args:
+        admin: the caller may use adapters of ours by name.
 
     Raises:
         InvalidRequest: memory fields on a route that does not take them, or unreadable JSON.
         TooLarge: a body that has to be parsed and is over `MAX_INSPECTED_BYTES`.
         Conflict: it would change the model's weights.
+        UnknownModel: it names an adapter of ours.
     """
     if path in _WEIGHT_ROUTES or (path == _REMOTE_CALL_ROUTE and b"weights" in body):
         raise Conflict(
@@ -107,7 +195,8 @@ def _inspect(body: bytes, scope: Scope, path: str) -> GuardedBody | None:
             "started with; to serve others, restart it with them"
         )
     takes_memory = path == CHAT_PATH
-    if not is_suspect(body, memory_fields=not takes_memory):
+    adapters = None if admin else ADAPTER_IN_JSON
+    if not is_suspect(body, memory_fields=not takes_memory, also=adapters):
         return None
     if len(body) > MAX_INSPECTED_BYTES:
         _count(OVERSIZED_REFUSED)
@@ -122,6 +211,9 @@ def _inspect(body: bytes, scope: Scope, path: str) -> GuardedBody | None:
             return None
         _count(UNREADABLE_REFUSED)
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    if not admin:
+        for model in guarded.models:
+            refuse_adapter(model)
     if guarded.memory_fields and not takes_memory:
         _count(MEMORY_FIELDS_REFUSED)
         field = guarded.memory_fields[0]
@@ -146,13 +238,18 @@ def _count(event: str, increment: int = 1) -> None:
         listener(event, increment)
 
 
-def _route_path(scope: Scope) -> str:
-    """The path that the router will match: without `--root-path` and a trailing slash."""
+def _bare_path(scope: Scope) -> str:
+    """The path that the router will match: without `--root-path`."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "").rstrip("/")
     if root and (path == root or path.startswith(root + "/")):
         path = path[len(root) :]
-    return path.rstrip("/") or "/"
+    return path
+
+
+def _route_path(scope: Scope) -> str:
+    """The same without a trailing slash."""
+    return _bare_path(scope).rstrip("/") or "/"
 
 
 def _content_types(scope: Scope) -> Iterable[bytes]:

@@ -10,7 +10,7 @@ from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from memos_vllm.domain.artifact import ActivationState
-from memos_vllm.domain.audit import AuditProblem
+from memos_vllm.domain.erasure import Removed
 from memos_vllm.domain.job import JobKind, JobState
 from memos_vllm.domain.memory import MemoryChange, MemoryState, Tier
 
@@ -137,7 +137,7 @@ class MemoryReply(Reply):
 
 
 class MemoryVersionReply(Reply):
-    """One version: what it said, who made it so, when and why."""
+    """One version: what it said, who made it so, when, why and from what."""
 
     object: Literal["memory.version"] = "memory.version"
     memory_id: str
@@ -153,6 +153,7 @@ class MemoryVersionReply(Reply):
     reason: str | None
     changed_by: str
     changed_at: datetime
+    lineage: LineageReply
 
 
 class DeletedReply(Reply):
@@ -173,6 +174,16 @@ class ErasedReply(DeletedReply):
     derived: list[str] = Field(
         default=[], description="Memories that were derived from it, and are erased too."
     )
+    job_id: str = Field(description="The job that sees to it that nothing is left, and proves it.")
+
+
+class ProofReply(Reply):
+    """Something that an erase job has looked for, and that is gone."""
+
+    what: Removed
+    count: int | None = Field(description="How many there were; null where nobody counted.")
+    checked: str = Field(description="What was looked at, and how.")
+    done_at: datetime
 
 
 class JobReply(Reply):
@@ -184,6 +195,9 @@ class JobReply(Reply):
     progress: float = Field(description="0 to 1.")
     message: str
     error: str | None
+    proofs: list[ProofReply] = Field(
+        default=[], description="Of an erase job: what is known to be gone."
+    )
     created_at: datetime
     updated_at: datetime
 
@@ -210,29 +224,10 @@ class StatsReply(Reply):
     last_used_at: datetime | None
 
 
-class AuditReply(Reply):
-    object: Literal["audit.entry"] = "audit.entry"
-    seq: int
-    at: datetime
-    actor: str
-    action: str
-    cube_id: str | None
-    subject: str | None
-    details: dict[str, Any]
-    previous_hash: str
-    hash: str
-
-
-class AuditVerdictReply(Reply):
-    object: Literal["audit.verdict"] = "audit.verdict"
-    ok: bool
-    entries: int
-    head_hash: str
-    bad_seq: int | None
-    problem: AuditProblem | None
-    message: str
-
-
 class HealthReply(Reply):
     status: Literal["ready", "degraded", "not_ready"]
     parts: dict[str, str]
+
+
+class NotReadyReply(HealthReply, ErrorReply):
+    """Which part is not ready, also as an error."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
+from urllib.parse import parse_qsl
 
 from fastapi import Request, Response
 from fastapi.exceptions import HTTPException, RequestValidationError
@@ -33,18 +34,19 @@ _MAX_FORM_BYTES = 33 * 1024 * 1024
 class MemosRoute(APIRoute):
     """Reads JSON strictly, and answers every error in OpenAI's shape."""
 
-    max_body_bytes = MAX_BODY_BYTES
+    # None: the route reads the body itself, as it comes.
+    max_body_bytes: int | None = MAX_BODY_BYTES
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         inner = super().get_route_handler()
         takes_body = self.body_field is not None
+        limit = self.max_body_bytes
 
         async def handle(request: Request) -> Response:
             try:
-                if takes_body or request.method == "POST":
-                    request = await JsonRequest.read(
-                        request, parse=takes_body, max_bytes=self.max_body_bytes
-                    )
+                _check_query(request)
+                if limit is not None and (takes_body or request.method == "POST"):
+                    request = await JsonRequest.read(request, parse=takes_body, max_bytes=limit)
                 return await inner(request)
             except MemosError as error:
                 if error_response(error).status_code == 500:
@@ -63,10 +65,30 @@ class MemosRoute(APIRoute):
         return handle
 
 
+def _check_query(request: Request) -> None:
+    """Raises InvalidRequest where Starlette would guess what was meant."""
+    try:
+        sent = parse_qsl(
+            request.scope["query_string"].decode("ascii"), keep_blank_values=True, errors="strict"
+        )
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("the query string is not UTF-8, percent-encoded") from error
+    names = [name for name, _ in sent]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequest(f"{name[:64]} was sent twice; send it once", param=name[:64])
+
+
 class FormRoute(MemosRoute):
     """Of routes that take a form instead of JSON; they read it themselves."""
 
     max_body_bytes = _MAX_FORM_BYTES
+
+
+class StreamRoute(MemosRoute):
+    """Of a route that takes a body of any size, and reads it itself."""
+
+    max_body_bytes = None
 
 
 def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:

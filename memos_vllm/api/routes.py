@@ -6,7 +6,20 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Depends, Request
 
-from memos_vllm.api import cubes, documents, examples, jobs, memories, search, service, turns
+from memos_vllm.api import (
+    audit,
+    cartridges,
+    cubes,
+    documents,
+    examples,
+    grants,
+    jobs,
+    keys,
+    memories,
+    search,
+    service,
+    turns,
+)
 from memos_vllm.api.context import ApiContext, bind
 from memos_vllm.api.gateway import EngineGateway
 from memos_vllm.api.replies import ErrorReply
@@ -17,11 +30,16 @@ from memos_vllm.plaintext.store import PlaintextStore
 
 _SUBJECTS = (
     cubes.router,
+    cartridges.router,
+    cartridges.streamed,
     memories.router,
     documents.router,
     turns.router,
     search.router,
     jobs.router,
+    keys.router,
+    grants.router,
+    audit.router,
     service.router,
 )
 
@@ -53,14 +71,7 @@ def build_router(
     router = APIRouter(
         route_class=MemosRoute,
         dependencies=[Depends(bind(api))],
-        # With this FastAPI documents no 422 of its own: a bad request is a 400 here.
-        responses={
-            "4XX": {
-                "model": ErrorReply,
-                "description": "Refused; the message says why and how to mend it.",
-                "content": {"application/json": {"example": examples.ERROR}},
-            }
-        },
+        responses=examples.refusals(ErrorReply),
     )
     for subject in _SUBJECTS:
         router.include_router(subject)

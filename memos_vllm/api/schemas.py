@@ -7,6 +7,7 @@ JSON types are taken as they are: `1` is no string and `"1"` no number.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from memos_vllm.api import limits
 from memos_vllm.domain.checks import check_encodable
 from memos_vllm.domain.ids import MemoryId
 from memos_vllm.domain.memory import (
@@ -35,6 +37,7 @@ from memos_vllm.domain.memory import (
 from memos_vllm.domain.merge import MAX_PARENTS
 from memos_vllm.domain.page import DEFAULT_LIMIT, MAX_LIMIT
 from memos_vllm.domain.patch import UNSET
+from memos_vllm.errors import InvalidRequest
 
 DEFAULT_WAIT_SECONDS = 300.0
 MAX_WAIT_SECONDS = 600.0
@@ -54,12 +57,20 @@ def _rfc_3339(value: object) -> object:
 
 
 def _storable(value: str) -> str:
-    check_encodable(value, param="it")
+    try:
+        check_encodable(value, param="it")
+    except InvalidRequest as error:
+        # pydantic knows the parameter's name.
+        raise ValueError(str(error)) from error
     return value
 
 
 Time = Annotated[datetime, BeforeValidator(_rfc_3339)]
-Words = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_storable)]
+Phrase = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_storable)]
+Words = Annotated[list[str], Field(json_schema_extra=limits.WORDS)]
+Reason = Annotated[
+    str | None, Field(description="Why, for the history.", json_schema_extra=limits.REASON)
+]
 PathId = Annotated[str, Path(max_length=256), AfterValidator(_storable)]
 
 
@@ -84,24 +95,41 @@ class CubeInput(Input):
         }
     )
 
-    id: str | None = Field(default=None, description="Chosen by the server when it is left out.")
-    name: str | None = None
-    description: str | None = None
-    preamble: str | None = Field(
-        default=None, description="Text before the memories in every prompt."
+    id: str | None = Field(
+        default=None,
+        description="Chosen by the server when it is left out.",
+        json_schema_extra=limits.CUBE_ID,
     )
-    labels: list[str] = []
+    name: str | None = Field(default=None, json_schema_extra=limits.NAME)
+    description: str | None = Field(default=None, json_schema_extra=limits.LONG_TEXT)
+    preamble: str | None = Field(
+        default=None,
+        description="Text before the memories in every prompt.",
+        json_schema_extra=limits.LONG_TEXT,
+    )
+    labels: Words = []
+
+
+def _patch_example(example: dict[str, Any]) -> Callable[[limits.Schema], None]:
+    """The schema of a body whose fields stay as they are when they are left out."""
+
+    def tell(schema: limits.Schema) -> None:
+        for field in schema["properties"].values():
+            field.pop("default", None)
+        schema["examples"] = [example]
+
+    return tell
 
 
 class CubePatchInput(Input):
     """PATCH /v1/memcubes/{id}: fields that are left out stay."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"description": "Returns, refunds"}]})
+    model_config = ConfigDict(json_schema_extra=_patch_example({"description": "Returns, refunds"}))
 
-    name: str = ""
-    description: str = ""
-    preamble: str = ""
-    labels: list[str] = []
+    name: str = Field(default="", json_schema_extra=limits.NAME)
+    description: str = Field(default="", json_schema_extra=limits.LONG_TEXT)
+    preamble: str = Field(default="", json_schema_extra=limits.LONG_TEXT)
+    labels: Words = []
 
     def changes(self) -> dict[str, Any]:
         """The fields that were sent, in the domain's types."""
@@ -114,12 +142,12 @@ class CubePatchInput(Input):
 class SourceInput(Input):
     """Where a memory came from."""
 
-    kind: str = "note"
-    uri: str | None = None
-    title: str | None = None
-    author: str | None = None
+    kind: str = Field(default="note", json_schema_extra=limits.KIND)
+    uri: str | None = Field(default=None, json_schema_extra=limits.line(2048))
+    title: str | None = Field(default=None, json_schema_extra=limits.line(512))
+    author: str | None = Field(default=None, json_schema_extra=limits.line(256))
     created_at: Time | None = None
-    locator: str | None = None
+    locator: str | None = Field(default=None, json_schema_extra=limits.line(512))
 
     def to_domain(self) -> Source:
         return Source(**self.model_dump())
@@ -128,22 +156,25 @@ class SourceInput(Input):
 class EdgeInput(Input):
     """A link to another memory of the same cube."""
 
-    kind: str
-    target: str
-    weight: float = 1.0
+    kind: str = Field(json_schema_extra=limits.KIND)
+    target: str = Field(json_schema_extra=limits.line(128))
+    weight: float = Field(default=1.0, json_schema_extra=limits.WEIGHT)
 
     def to_domain(self) -> Edge:
         return Edge(kind=self.kind, target=MemoryId(self.target), weight=self.weight)
 
 
+Edges = Annotated[list[EdgeInput], Field(json_schema_extra=limits.EDGES)]
+
+
 class MemoryInput(Input):
     """One memory to add."""
 
-    text: str
-    tags: list[str] = []
+    text: str = Field(json_schema_extra=limits.TEXT)
+    tags: Words = []
     source: SourceInput | None = None
-    edges: list[EdgeInput] = []
-    labels: list[str] = []
+    edges: Edges = []
+    labels: Words = []
     metadata: dict[str, Any] = {}
     expires_at: Time | None = None
 
@@ -175,8 +206,10 @@ class MemoriesInput(Input):
         }
     )
 
-    memories: list[MemoryInput] = Field(description=f"At most {MAX_BATCH}, 64 KiB of text each.")
-    reason: str | None = Field(default=None, description="Why, for the history.")
+    memories: list[MemoryInput] = Field(
+        description=f"At most {MAX_BATCH}, 64 KiB of text each.", json_schema_extra=limits.BATCH
+    )
+    reason: Reason = None
 
 
 class MergeInput(Input):
@@ -196,30 +229,34 @@ class MergeInput(Input):
         }
     )
 
-    memory_ids: list[str] = Field(description=f"2 to {MAX_PARENTS} active memories.")
-    text: str | None = Field(
-        default=None, description="What the new one says; the parents' texts when absent."
+    memory_ids: list[str] = Field(
+        description=f"2 to {MAX_PARENTS} active memories.", json_schema_extra=limits.PARENTS
     )
-    reason: str | None = Field(default=None, description="Why, for the history.")
+    text: str | None = Field(
+        default=None,
+        description="What the new one says; the parents' texts when absent.",
+        json_schema_extra=limits.TEXT,
+    )
+    reason: Reason = None
 
 
 class MemoryPatchInput(Input):
     """PATCH of a memory: fields that are left out stay."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"text": "Refunds take three working days.", "reason": "new policy"}]
-        }
+        json_schema_extra=_patch_example(
+            {"text": "Refunds take three working days.", "reason": "new policy"}
+        )
     )
 
-    text: str = ""
-    tags: list[str] = []
+    text: str = Field(default="", json_schema_extra=limits.TEXT)
+    tags: Words = []
     source: SourceInput = SourceInput()
-    edges: list[EdgeInput] = []
-    labels: list[str] = []
+    edges: Edges = []
+    labels: Words = []
     metadata: dict[str, Any] = {}
     expires_at: Time | None = None
-    reason: str | None = None
+    reason: Reason = None
 
     def to_domain(self) -> MemoryPatch:
         given = self.model_fields_set
@@ -233,6 +270,25 @@ class MemoryPatchInput(Input):
             expires_at=self.expires_at if "expires_at" in given else UNSET,
             reason=self.reason,
         )
+
+
+class KeepInput(Input):
+    """POST /v1/memcubes/{id}/keep."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"from": "session.4f1d", "memory_ids": "all"}]}
+    )
+
+    from_: str = Field(alias="from", description="The cube whose memories are kept.")
+    memory_ids: list[str] | Literal["all"] = Field(
+        description='Active memories there, or "all" that you may see; at most 1,000.'
+    )
+    reason: Reason = None
+
+    @property
+    def selected(self) -> list[str] | None:
+        """The ids, or None for all."""
+        return self.memory_ids if isinstance(self.memory_ids, list) else None
 
 
 # "plaintext" is let through: the domain says what to do instead.
@@ -280,6 +336,7 @@ class PromoteInput(_MoveInput):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [{"to": "activation", "memory_ids": "all", "wait": True}],
+            **limits.MEMORIES_ONCE,
         }
     )
 
@@ -294,7 +351,10 @@ class DemoteInput(_MoveInput):
     """POST /v1/memcubes/{id}/demote."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"from": "activation", "memory_ids": ["mem_01"]}]}
+        json_schema_extra={
+            "examples": [{"from": "activation", "memory_ids": ["mem_01"]}],
+            **limits.MEMORIES_ONCE,
+        }
     )
 
     from_: TierName = Field(alias="from")
@@ -308,7 +368,7 @@ class PageQuery(QueryInput):
     """Which page of a list."""
 
     limit: int = Field(default=DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
-    cursor: Words | None = Field(default=None, description="`next_cursor` of the page before.")
+    cursor: Phrase | None = Field(default=None, description="`next_cursor` of the page before.")
 
 
 class WaitQuery(QueryInput):
@@ -324,8 +384,8 @@ class MemoriesQuery(PageQuery):
 
     state: MemoryState | None = None
     tier: Tier | None = None
-    tag: Words | None = None
-    q: Words | None = Field(default=None, description="Words that the text must hold.")
+    tag: Phrase | None = None
+    q: Phrase | None = Field(default=None, description="Words that the text must hold.")
 
 
 class EraseQuery(QueryInput):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import ConfigDict, Field
 
-from memos_vllm.api import examples
+from memos_vllm.api import examples, limits
 from memos_vllm.api.context import CurrentCall
 from memos_vllm.api.replies import MemoryReply, Reply, render
 from memos_vllm.api.route import MemosRoute
@@ -53,8 +53,10 @@ class SearchInput(Input):
         }
     )
 
-    query: str
-    top_k: int = Field(default=DEFAULT_TOP_K, description=f"1 to {MAX_TOP_K}.")
+    query: str = Field(json_schema_extra=limits.TEXT)
+    top_k: int = Field(
+        default=DEFAULT_TOP_K, description=f"1 to {MAX_TOP_K}.", json_schema_extra=limits.TOP_K
+    )
     filter: dict[str, Any] | None = Field(
         default=None,
         description=(
@@ -64,7 +66,9 @@ class SearchInput(Input):
         ),
     )
     hops: int = Field(
-        default=DEFAULT_HOPS, description=f"Edges to follow from what matches, 0 to {MAX_HOPS}."
+        default=DEFAULT_HOPS,
+        description=f"Edges to follow from what matches, 0 to {MAX_HOPS}.",
+        json_schema_extra=limits.HOPS,
     )
     explain: bool = Field(
         default=False, description="Every part of every score, and the edges that led to a hit."

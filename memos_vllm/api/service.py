@@ -1,10 +1,8 @@
-"""Routes of the service itself: health, status, audit."""
+"""Routes of the service itself: health and status."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 import memos_vllm
@@ -12,15 +10,8 @@ from memos_vllm.api import examples
 from memos_vllm.api.context import ApiContext, CurrentApi, CurrentCall
 from memos_vllm.api.error_table import error_response
 from memos_vllm.api.middleware import guard_counters
-from memos_vllm.api.replies import (
-    AuditReply,
-    AuditVerdictReply,
-    HealthReply,
-    ListReply,
-    render,
-)
+from memos_vllm.api.replies import HealthReply, NotReadyReply, render
 from memos_vllm.api.route import MemosRoute
-from memos_vllm.api.schemas import PageQuery, PathId
 from memos_vllm.domain.access import LOCAL_ADMIN
 from memos_vllm.errors import MemosError, Unavailable
 
@@ -36,7 +27,12 @@ _SEARCH = "plaintext"
     "/health",
     summary="Say whether every part is ready",
     response_model=HealthReply,
-    responses=examples.answers(examples.HEALTH, 200),
+    responses={
+        **examples.answers(examples.HEALTH, 200),
+        503: examples.unavailable(
+            NotReadyReply, status="not_ready", parts={"engine": "memory is still starting"}
+        ),
+    },
 )
 async def health(api: CurrentApi) -> Response:
     """200 when everything is ready, or `degraded` when only search is down; otherwise 503. Parts
@@ -45,7 +41,8 @@ async def health(api: CurrentApi) -> Response:
     waiting = [f"{name}: {state}" for name, state in parts.items() if state != _READY]
     if not waiting:
         return render(HealthReply(status="ready", parts=parts))
-    if all(parts[name] == _READY for name in parts if name != _SEARCH) and api.plaintext().opened:
+    others_ready = all(parts[name] == _READY for name in parts if name != _SEARCH)
+    if others_ready and await api.read(lambda: api.plaintext().opened):
         # Chats go on with activation memory, so the server keeps its traffic.
         return render(HealthReply(status="degraded", parts=parts))
     return error_response(
@@ -65,7 +62,8 @@ async def _parts(api: ApiContext) -> dict[str, str]:
     except MemosError as error:
         parts["engine"] = str(error)
     try:
-        parts[_SEARCH] = api.plaintext().problem() or _READY
+        problem = await api.read(lambda: api.plaintext().problem())
+        parts[_SEARCH] = problem or _READY
     except MemosError as error:
         parts[_SEARCH] = str(error)
     return parts
@@ -86,36 +84,4 @@ async def status(call: CurrentCall) -> Response:
             **await call.gateway.status(),
             "guard": dict(guard_counters),
         }
-    )
-
-
-@router.get(
-    "/v1/memcubes/{cube_id}/audit",
-    summary="Read a cube's audit log",
-    response_model=ListReply[AuditReply],
-    responses=examples.answers(examples.page(examples.AUDIT), 200),
-)
-async def audit_entries(
-    call: CurrentCall, cube_id: PathId, query: Annotated[PageQuery, Query()]
-) -> Response:
-    """Every change of the cube with who made it and when; never a memory's text."""
-
-    def read() -> Response:
-        page = call.mos.audit_entries(call.actor, cube_id, limit=query.limit, cursor=query.cursor)
-        data = [AuditReply.model_validate(entry) for entry in page.items]
-        return render(ListReply[AuditReply](data=data, next_cursor=page.next_cursor))
-
-    return await call.api.read(read)
-
-
-@router.get(
-    "/v1/audit/verify",
-    summary="Verify the audit log",
-    response_model=AuditVerdictReply,
-    responses=examples.answers(examples.VERDICT, 200),
-)
-async def verify_audit(call: CurrentCall) -> Response:
-    """Check the hash chain of the whole log; a broken one names its first bad row."""
-    return await call.api.read(
-        lambda: render(AuditVerdictReply.model_validate(call.mos.verify_audit()))
     )

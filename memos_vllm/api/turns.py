@@ -7,12 +7,12 @@ from typing import Any
 from fastapi import APIRouter, Response
 from pydantic import ConfigDict, Field
 
-from memos_vllm.api import examples
-from memos_vllm.api.conditions import answer_once
+from memos_vllm.api import examples, limits
+from memos_vllm.api.conditions import TAKES_KEY, answer_once
 from memos_vllm.api.context import CurrentCall
 from memos_vllm.api.replies import ListReply, MemoryReply, render
 from memos_vllm.api.route import MemosRoute
-from memos_vllm.api.schemas import Input, PathId, Time
+from memos_vllm.api.schemas import Input, PathId, Reason, Time
 from memos_vllm.domain.memory import MAX_BATCH
 from memos_vllm.domain.turn import NewTurn
 from memos_vllm.errors import InvalidRequest
@@ -20,14 +20,33 @@ from memos_vllm.errors import InvalidRequest
 router = APIRouter(route_class=MemosRoute, tags=["memories"])
 
 
+_PARTS: limits.Schema = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {
+            "type": {"enum": ["text", "input_text"]},
+            "text": {"type": "string", **limits.TEXT},
+        },
+    },
+}
+
+
 class TurnInput(Input):
     """One message of a conversation; other fields of OpenAI's messages are refused."""
 
-    role: str
+    role: str = Field(json_schema_extra=limits.ROLE)
     content: str | list[dict[str, Any]] = Field(
-        description="Text, or OpenAI's content parts when all of them are text."
+        description="Text, or OpenAI's content parts when all of them are text.",
+        json_schema_extra={"anyOf": [{"type": "string", **limits.TEXT}, _PARTS]},
     )
-    name: str | None = Field(default=None, description="Who speaks; the role when left out.")
+    name: str | None = Field(
+        default=None,
+        description="Who speaks; the role when left out.",
+        json_schema_extra=limits.line(256),
+    )
     created_at: Time | None = Field(default=None, description="Now when left out.")
     metadata: dict[str, Any] = Field(default={})
 
@@ -59,11 +78,15 @@ class TurnsInput(Input):
         }
     )
 
-    messages: list[TurnInput] = Field(description=f"At most {MAX_BATCH}, in order.")
-    session_id: str | None = Field(
-        default=None, description="Turns of earlier calls with this id come before these."
+    messages: list[TurnInput] = Field(
+        description=f"At most {MAX_BATCH}, in order.", json_schema_extra=limits.BATCH
     )
-    reason: str | None = Field(default=None, description="Why, for the history.")
+    session_id: str | None = Field(
+        default=None,
+        description="Turns of earlier calls with this id come before these.",
+        json_schema_extra=limits.SESSION,
+    )
+    reason: Reason = None
 
 
 @router.post(
@@ -72,6 +95,7 @@ class TurnsInput(Input):
     status_code=201,
     response_model=ListReply[MemoryReply],
     responses=examples.answers(examples.page(examples.MEMORY), 201),
+    dependencies=TAKES_KEY,
 )
 async def add_turns(call: CurrentCall, cube_id: PathId, body: TurnsInput) -> Response:
     """Keep a conversation: a memory per turn with speaker and time, linked by `next` edges."""

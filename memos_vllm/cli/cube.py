@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memos_vllm.cli import output
+from memos_vllm.cli import cartridge, jobs, output
 from memos_vllm.cli.options import (
     ApiKey,
     AsJson,
     CubeId,
     IfVersion,
+    Limit,
     Url,
     Wait,
     WaitSeconds,
@@ -30,6 +31,17 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.command("export")(cartridge.export_cube)
+app.command("import")(cartridge.import_cube)
+app.command()(cartridge.clone)
+app.command()(cartridge.move)
+app.command()(cartridge.diff)
+
+Name = Annotated[str | None, typer.Option(help="A name for people.", show_default=False)]
+Description = Annotated[str | None, typer.Option(help="What it is for.", show_default=False)]
+Preamble = Annotated[
+    str | None, typer.Option(help="Text before the memories in every prompt.", show_default=False)
+]
 Chosen = Annotated[
     list[str] | None,
     typer.Argument(metavar="MEMORY", help="Memory ids; all of the cube when left out."),
@@ -39,9 +51,7 @@ Chosen = Annotated[
 @app.command("list")
 def list_cubes(
     *,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many.", show_default=False)
-    ] = None,
+    limit: Limit = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -65,14 +75,9 @@ def create(
         ),
     ] = None,
     *,
-    name: Annotated[str | None, typer.Option(help="A name for people.", show_default=False)] = None,
-    description: Annotated[
-        str | None, typer.Option(help="What it is for.", show_default=False)
-    ] = None,
-    preamble: Annotated[
-        str | None,
-        typer.Option(help="Text before the memories in every prompt.", show_default=False),
-    ] = None,
+    name: Name = None,
+    description: Description = None,
+    preamble: Preamble = None,
     label: Annotated[
         list[str] | None, typer.Option(help="A label; may be repeated.", show_default=False)
     ] = None,
@@ -89,6 +94,35 @@ def create(
             output.say_json(cube.info().raw)
         else:
             output.say(cube.id)
+
+
+@app.command()
+def update(
+    cube: CubeId,
+    *,
+    name: Name = None,
+    description: Description = None,
+    preamble: Preamble = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="A label; may be repeated; replaces all.", show_default=False),
+    ] = None,
+    if_version: IfVersion = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change what a cube is called and how its prompts begin."""
+    given = {"name": name, "description": description, "preamble": preamble, "labels": label}
+    changed: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    if not changed:
+        raise typer.BadParameter("give --name, --description, --preamble or --label")
+    with connect(url, api_key) as mos:
+        info = mos.cube(cube).update(**changed, version=if_version)
+    if as_json:
+        output.say_json(info.raw)
+    else:
+        output.say(f"{info.id}: version {info.version}")
 
 
 @app.command()
@@ -206,10 +240,9 @@ def reindex(
 ) -> None:
     """Have the search index take in each memory of a cube again; texts are untouched."""
     with connect(url, api_key) as mos:
-        handle = mos.cube(cube)
-        job = _follow(
-            mos, handle, handle.reindex(), wait=wait, timeout_seconds=timeout, as_json=as_json
-        )
+        job = mos.cube(cube).reindex()
+        if wait:
+            job = jobs.follow(mos, job, timeout_seconds=timeout, silent=as_json)
     if as_json:
         output.say_json(job.raw)
     elif job.ended:
@@ -241,9 +274,9 @@ def _move_tier(
     timeout_seconds: float,
     as_json: bool,
 ) -> None:
-    job = _follow(
-        mos, cube, start(cube), wait=wait, timeout_seconds=timeout_seconds, as_json=as_json
-    )
+    job = start(cube)
+    if wait:
+        job = jobs.follow(mos, job, timeout_seconds=timeout_seconds, silent=as_json)
     if as_json:
         output.say_json(job.raw)
     elif job.ended:
@@ -251,20 +284,6 @@ def _move_tier(
         output.say(f"{cube.id}: activation {activation.state}, {activation.tokens:,} tokens")
     else:
         _say_going_on(cube.id, job)
-
-
-def _follow(
-    mos: MOS, cube: Cube, job: JobInfo, *, wait: bool, timeout_seconds: float, as_json: bool
-) -> JobInfo:
-    """The job as it ended, with its progress shown meanwhile; as it is when not waited for."""
-    if not wait or job.ended:
-        return job
-    with output.progress(f"{job.kind} {cube.id}", silent=as_json) as report:
-        return mos.wait_for_job(
-            job.id,
-            timeout_seconds=timeout_seconds,
-            on_progress=lambda seen: report(seen.progress, seen.message),
-        )
 
 
 def _say_going_on(cube_id: str, job: JobInfo) -> None:

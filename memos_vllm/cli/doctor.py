@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memos_vllm.cli import output
+from memos_vllm.cli.doctor_catalog import check_catalog
 from memos_vllm.cli.doctor_search import check_embedder, check_index
 from memos_vllm.cli.findings import Finding, Level, import_problem, installed
 from memos_vllm.cli.options import ApiKey, AsJson, Url
@@ -40,13 +41,21 @@ def doctor(
             show_default=False,
         ),
     ] = None,
+    catalog_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="The server's database; MEMOS_CATALOG_URL, or SQLite in the data folder.",
+            show_default=False,
+        ),
+    ] = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine and the server; exit 1 if something fails."""
     findings = []
-    for finding in _examine(data_dir, url, api_key):
+    for finding in _examine(data_dir, catalog_url, url, api_key):
         findings.append(finding)
         if not as_json:
             output.say(f"{finding.level:<5} {finding.name}: {output.one_line(finding.message)}")
@@ -62,7 +71,9 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _examine(data_dir: Path | None, url: str | None, api_key: str | None) -> Iterator[Finding]:
+def _examine(
+    data_dir: Path | None, catalog_url: str | None, url: str | None, api_key: str | None
+) -> Iterator[Finding]:
     from memos_vllm.config import default_models_dir
 
     yield check_python(sys.version_info[:2])
@@ -76,7 +87,9 @@ def _examine(data_dir: Path | None, url: str | None, api_key: str | None) -> Ite
     else:
         yield check_embedder(settings.embedder, default_models_dir())
         yield check_index(settings.qdrant_url)
+        yield check_catalog(catalog_url or settings.catalog_url)
         data_dir = data_dir or settings.data_dir
+        yield check_api_keys(settings.model_copy(update={"data_dir": data_dir}))
     if data_dir is not None:
         yield check_data_dir(data_dir.expanduser())
         yield check_keys(data_dir.expanduser() / "secrets")
@@ -181,6 +194,25 @@ def check_keys(folder: Path) -> Finding:
             f"{first} has mode {modes[first]:04o} and others may read it; chmod 600 {first}",
         )
     return Finding(Level.OK, name, f"{len(files)} in {folder}, readable by you alone")
+
+
+def check_api_keys(settings: ServerSettings) -> Finding:
+    """Whether the catalog has API keys, which decides whom a server may serve."""
+    from memos_vllm.control.keys import keys_exist
+
+    name = "api keys"
+    try:
+        exist = keys_exist(settings.resolved_catalog_url)
+    except MemosError as error:
+        return Finding(Level.WARN, name, f"not known: {error}")
+    if exist:
+        return Finding(Level.OK, name, "there are some, and every request needs one")
+    return Finding(
+        Level.OK,
+        name,
+        "none, so a server serves this machine only and everyone here is its administrator; "
+        "memos-vllm keys create NAME makes the first",
+    )
 
 
 def check_server(url: str | None, api_key: str | None) -> Finding:

@@ -10,7 +10,20 @@ import typer
 from typer.core import TyperGroup
 
 from memos_vllm import __version__
-from memos_vllm.cli import audit, chat, cube, doctor, memory, models, output, passthrough
+from memos_vllm.cli import (
+    audit,
+    bench,
+    chat,
+    cube,
+    doctor,
+    jobs,
+    keys,
+    memory,
+    models,
+    output,
+    passthrough,
+    sharing,
+)
 from memos_vllm.errors import MemosError
 
 
@@ -51,10 +64,15 @@ app.command(cls=passthrough.PassThrough)(passthrough.serve)
 app.command(cls=passthrough.PassThrough)(passthrough.demo)
 app.command()(chat.chat)
 app.command()(doctor.doctor)
+for command in (sharing.share, sharing.unshare, sharing.grants):
+    cube.app.command()(command)
 app.add_typer(cube.app, name="cube")
 app.add_typer(memory.app, name="memory")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(audit.app, name="audit")
+app.add_typer(keys.app, name="keys")
+app.add_typer(bench.app, name="bench")
 
 
 def _say_version(asked: bool) -> None:

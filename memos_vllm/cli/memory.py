@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memos_vllm.cli import adding, output, searching
+from memos_vllm.cli import adding, jobs, output, searching
 from memos_vllm.cli.options import (
     ApiKey,
     AsJson,
     CubeId,
     IfVersion,
     Labels,
+    Limit,
     MemoryId,
     Reason,
     Tags,
     Url,
+    Wait,
+    WaitSeconds,
     Yes,
     confirm,
     connect,
@@ -54,9 +57,7 @@ def list_memories(
         str | None,
         typer.Option("--query", "-q", help="Whose text holds these words.", show_default=False),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many.", show_default=False)
-    ] = None,
+    limit: Limit = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -170,6 +171,32 @@ def merge(
 
 
 @app.command()
+def keep(
+    cube: CubeId,
+    memories: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MEMORY", help="The memories' ids; all when left out."),
+    ] = None,
+    *,
+    from_cube: Annotated[
+        str, typer.Option("--from", metavar="OTHER", help="The cube that has them.")
+    ],
+    reason: Reason = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take memories over from another cube, such as a session's, with lineage."""
+    with connect(url, api_key) as mos:
+        kept = mos.cube(cube).keep(memories or "all", from_cube=from_cube, reason=reason)
+    if as_json:
+        output.say_json_list([memory.raw for memory in kept])
+        return
+    for memory in kept:
+        output.say(f"{memory.id} {output.one_line(memory.text, limit=80)}")
+
+
+@app.command()
 def archive(
     cube: CubeId,
     memory: MemoryId,
@@ -208,19 +235,31 @@ def erase(
     *,
     yes: Yes = False,
     if_version: IfVersion = None,
+    wait: Wait = True,
+    timeout: WaitSeconds = 600.0,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove a memory's text, history and KV for good."""
+    """Remove a memory's text, history and KV for good, and show how that is known."""
     with connect(url, api_key) as mos:
         found = mos.cube(cube).memory(memory)
         confirm(f"Erase {memory} ({output.one_line(found.text, limit=50)}) for good?", yes=yes)
-        mos.cube(cube).erase(memory, version=if_version)
+        erased = mos.cube(cube).erase(memory, version=if_version)
+        job = None
+        if erased is not None and wait:
+            job = jobs.follow(mos, mos.job(erased.job_id), timeout_seconds=timeout, silent=as_json)
     if as_json:
-        output.say_json({"id": memory, "object": "memory", "cube_id": cube, "erased": True})
-    else:
-        output.say(f"erased {memory}")
+        said = {"id": memory, "object": "memory", "cube_id": cube, "erased": True}
+        if erased is not None:
+            said.update(erased.raw)
+        output.say_json(said if job is None else {**said, "job": job.raw})
+        return
+    output.say(f"erased {memory}")
+    if job is None and erased is not None:
+        output.say_dim(f"erase job {erased.job_id} removes what it led to elsewhere")
+    for proof in () if job is None else job.proofs:
+        output.say_dim(f"{proof['what']}: {proof['checked']}")
 
 
 @app.command()

@@ -38,6 +38,7 @@ Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the job t
 WaitSeconds = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.0, help="Longest time to wait.")
 ]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most this many.", show_default=False)]
 Tags = Annotated[
     list[str] | None, typer.Option("--tag", help="A tag; may be repeated.", show_default=False)
 ]

@@ -36,7 +36,7 @@ def serve(context: typer.Context) -> None:
     if not arguments or {"--help", "-h"} & set(arguments):
         typer.echo(serve_help(), err=not arguments, nl=False)
         raise typer.Exit(0 if arguments else 2)
-    from memos_vllm.engine.serve import main
+    from memos_vllm.engine.supervisor import main
 
     raise typer.Exit(main(arguments))
 

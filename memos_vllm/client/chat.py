@@ -20,8 +20,9 @@ from memos_vllm.errors import InvalidRequest
 # A conversation, or just the user's words.
 Messages: TypeAlias = str | Sequence[Mapping[str, object]]
 Retrieve: TypeAlias = Mapping[str, object] | bool | None
-# Whether a turn is kept as it was said (True, "fast"), or read for facts too ("fine").
-Remember: TypeAlias = bool | Literal["fast", "fine"]
+# Whether a turn is kept as it was said (True, "fast"), or read for facts too ("fine"); an object
+# with "mode" and "into" also names the cube, among those of the chat.
+Remember: TypeAlias = bool | Literal["fast", "fine"] | Mapping[str, str]
 
 _OUR_FIELDS = {"model", "messages", "stream", "memcube_id", "mem_cube_id", "memos"}
 
@@ -113,7 +114,7 @@ def _memos(
     elif retrieve is False:
         memos["retrieve"] = False
     if remember:
-        memos["remember"] = {"mode": remember} if isinstance(remember, str) else True
+        memos["remember"] = {"mode": remember} if isinstance(remember, str) else remember
     if session_id is not None:
         memos["session_id"] = session_id
     if not activation:
@@ -138,6 +139,9 @@ class BlockingChat(Blocking):
 
     def _chat_cubes(self, cubes: Sequence[str]) -> Sequence[str]:
         return cubes
+
+    def _remembering(self, remember: Remember) -> Remember:
+        return remember
 
     @overload
     def chat(
@@ -193,7 +197,8 @@ class BlockingChat(Blocking):
             retrieve: `{"top_k": ..., "max_tokens": ...}`, or False for no retrieval; the server
                 chooses when not given.
             remember: keep the question and its answer as memories of the first cube: True or
-                "fast" as they were said, "fine" also as the facts that the model reads in them.
+                "fast" as they were said, "fine" also as the facts that the model reads in them;
+                `{"mode": ..., "into": CUBE}` keeps them in another of the chat's cubes.
             session_id: ties what is remembered, and warm KV, to one conversation.
             activation, adapter: False leaves that kind of memory out.
             options: any other parameter of an OpenAI chat request, as `temperature`.
@@ -206,7 +211,7 @@ class BlockingChat(Blocking):
             "cubes": self._chat_cubes(cubes),
             "model": model,
             "retrieve": retrieve,
-            "remember": remember,
+            "remember": self._remembering(remember),
             "session_id": session_id,
             "activation": activation,
             "adapter": adapter,
@@ -249,6 +254,9 @@ class AwaitedChat(Awaited):
 
     def _chat_cubes(self, cubes: Sequence[str]) -> Sequence[str]:
         return cubes
+
+    def _remembering(self, remember: Remember) -> Remember:
+        return remember
 
     @overload
     async def chat(
@@ -300,7 +308,7 @@ class AwaitedChat(Awaited):
             "cubes": self._chat_cubes(cubes),
             "model": model,
             "retrieve": retrieve,
-            "remember": remember,
+            "remember": self._remembering(remember),
             "session_id": session_id,
             "activation": activation,
             "adapter": adapter,
@@ -330,7 +338,7 @@ class AwaitedChat(Awaited):
             cubes=self._chat_cubes(cubes),
             model=model,
             retrieve=retrieve,
-            remember=remember,
+            remember=self._remembering(remember),
             session_id=session_id,
             activation=activation,
             adapter=adapter,

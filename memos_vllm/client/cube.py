@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
 
 import httpx
 
+from memos_vllm.client.audit import aexport_parts, audit_listing, audit_query, export_parts
+from memos_vllm.client.cartridge import CubeArrival, FilePath, OnBytes, download
 from memos_vllm.client.chat import AwaitedChat, BlockingChat
-from memos_vllm.client.fields import Fields
 from memos_vllm.client.flow import Listing, listing, operation
 from memos_vllm.client.jobs import JOB_TIMEOUT_SECONDS, wait_for_job
-from memos_vllm.client.objects import CubeInfo, JobInfo, Json, MemoryInfo, Page, page_of
+from memos_vllm.client.objects import (
+    CubeInfo,
+    ErasedInfo,
+    GrantInfo,
+    JobInfo,
+    Json,
+    MemoryInfo,
+    Page,
+    page_of,
+    raw_object,
+)
 from memos_vllm.client.plaintext import PlaintextCalls
 from memos_vllm.client.session import Session
 from memos_vllm.client.steps import Flow
@@ -38,10 +51,6 @@ def given(**fields: object) -> dict[str, object]:
     }
 
 
-def raw_object(body: object) -> Json:
-    return Fields(body, "object").raw
-
-
 def nothing(_body: object) -> None:
     return None
 
@@ -50,6 +59,11 @@ class CubeCalls(PlaintextCalls):
     """The calls of a cube, as flows; `Cube` and `AsyncCube` run them."""
 
     id: str
+    arrival: CubeArrival | None
+
+    @abstractmethod
+    def _handle(self, cube_id: str) -> Self:
+        """A handle of another cube."""
 
     @property
     def _path(self) -> str:
@@ -57,6 +71,9 @@ class CubeCalls(PlaintextCalls):
 
     def _memory_path(self, memory_id: str) -> str:
         return f"{self._path}/memories/{path_part(memory_id, 'memory')}"
+
+    def _grant_path(self, principal: str) -> str:
+        return f"{self._path}/grants/{path_part(principal, 'principal')}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id!r})"
@@ -88,6 +105,40 @@ class CubeCalls(PlaintextCalls):
     def delete(self, *, version: int | None = None) -> Flow[None]:
         """Delete the cube and everything compiled from it."""
         return self._session.call(Call("DELETE", self._path, nothing, headers=if_match(version)))
+
+    @operation
+    def export(
+        self,
+        path: FilePath,
+        *,
+        include: Sequence[str] | None = None,
+        on_bytes: OnBytes | None = None,
+    ) -> Flow[Path]:
+        """Write the cube to a `.memcube` file, which appears once it is whole and verified.
+
+        Args:
+            include: plaintext, activation, parametric; everything when not given.
+            on_bytes: told how many bytes were received.
+        Returns:
+            The file's path.
+        """
+        return download(self._session, self._path, path, include=include, on_bytes=on_bytes)
+
+    @operation
+    def clone(self, cube_id: str, *, name: str | None = None) -> Flow[Self]:
+        """A copy under another id, with memories under new ids; `arrival` has both."""
+        body = {"id": cube_id} | ({} if name is None else {"name": name})
+        call = Call("POST", f"{self._path}/clone", CubeArrival.from_json, body=body, slow=True)
+        arrival = yield from self._session.call(call)
+        copy = self._handle(arrival.info.id)
+        copy.arrival = arrival
+        return copy
+
+    @operation
+    def move(self, owner: str) -> Flow[CubeInfo]:
+        """Make another principal the owner."""
+        call = Call("POST", f"{self._path}/move", CubeInfo.from_json, body={"owner": owner})
+        return self._session.call(call)
 
     @operation
     def stats(self) -> Flow[Json]:
@@ -135,7 +186,7 @@ class CubeCalls(PlaintextCalls):
         call = Call(
             "POST",
             f"{self._path}/memories",
-            lambda body: list(page_of(MemoryInfo.from_json)(body).items),
+            memories_of,
             body={"memories": items} | ({} if reason is None else {"reason": reason}),
         )
         return self._session.call(call)
@@ -235,6 +286,21 @@ class CubeCalls(PlaintextCalls):
         return self._session.call(call)
 
     @operation
+    def keep(
+        self, memory_ids: MemoryIds, *, from_cube: str, reason: str | None = None
+    ) -> Flow[list[MemoryInfo]]:
+        """Take memories over from another cube, such as a session's, with lineage.
+
+        Args:
+            memory_ids: active memories of that cube, at most 1,000; "all" that this key may see.
+        Returns:
+            This cube's memories; what it said already is not added again.
+        """
+        return self._session.call(
+            keep_call(self._path, memory_ids, from_cube=from_cube, reason=reason)
+        )
+
+    @operation
     def archive(self, memory_id: str, *, version: int | None = None) -> Flow[MemoryInfo]:
         """Take a memory out of use; `restore` brings it back."""
         return self._move(memory_id, "archive", version)
@@ -245,12 +311,20 @@ class CubeCalls(PlaintextCalls):
         return self._move(memory_id, "restore", version)
 
     @operation
-    def erase(self, memory_id: str, *, version: int | None = None) -> Flow[None]:
-        """Remove a memory's text, its history and all that was compiled from it, for good."""
+    def erase(self, memory_id: str, *, version: int | None = None) -> Flow[ErasedInfo | None]:
+        """Remove a memory's text, its history and all that was compiled from it, for good.
+
+        The text is gone on return. The job that is named removes what it led to elsewhere, and
+        proves it: `mos.wait_for_job(erased.job_id).proofs`.
+
+        Returns:
+            None when only the answer was lost and a second try found that it was done; the job is
+            among the cube's.
+        """
         call = Call(
             "DELETE",
             self._memory_path(memory_id),
-            nothing,
+            lambda body: None if body is None else ErasedInfo.from_json(body),
             query={"erase": "true"},
             headers=if_match(version),
         )
@@ -278,16 +352,49 @@ class CubeCalls(PlaintextCalls):
 
         return Listing(fetch, limit=limit)
 
+    @operation
+    def share(self, principal: str, *, role: str, labels: Sequence[str] = ()) -> Flow[GrantInfo]:
+        """Give a principal a role on the cube, in the place of the one it had.
+
+        Args:
+            principal: the id of somebody who has a key, or will get one.
+            role: reader, editor, owner or auditor.
+            labels: what a reader or editor sees, and may set, besides what has no label.
+        """
+        body = {"role": role, "labels": list(labels)}
+        return self._session.call(
+            Call("PUT", self._grant_path(principal), GrantInfo.from_json, body=body)
+        )
+
+    @operation
+    def unshare(self, principal: str) -> Flow[None]:
+        """Take a principal's grant away; raises ApiConflict for the last owner."""
+        return self._session.call(Call("DELETE", self._grant_path(principal), nothing))
+
     @listing
-    def audit(self, *, limit: int | None = None) -> Listing[Json]:
-        """The cube's audit entries, newest first."""
+    def grants(self) -> Listing[GrantInfo]:
+        """Who may do what with the cube, for its owners; your own grant otherwise."""
 
-        def fetch(size: int, cursor: str | None) -> Flow[Page[Json]]:
+        def fetch(size: int, cursor: str | None) -> Flow[Page[GrantInfo]]:
             query = {"limit": size, "cursor": cursor}
-            path = f"{self._path}/audit"
-            return self._session.call(Call("GET", path, page_of(raw_object), query=query))
+            path = f"{self._path}/grants"
+            return self._session.call(Call("GET", path, page_of(GrantInfo.from_json), query=query))
 
-        return Listing(fetch, limit=limit)
+        return Listing(fetch)
+
+    @listing
+    def audit(
+        self,
+        *,
+        actor: str | None = None,
+        action: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int | None = None,
+    ) -> Listing[Json]:
+        """The cube's audit entries, newest first; arguments as of `MOS.audit`."""
+        query = audit_query(actor=actor, action=action, since=since, until=until)
+        return audit_listing(self._session, f"{self._path}/audit", query, limit=limit)
 
     @operation
     def promote(
@@ -337,17 +444,11 @@ class CubeCalls(PlaintextCalls):
         wait: bool,
         timeout_seconds: float,
     ) -> Flow[JobInfo]:
-        if isinstance(memory_ids, str) and memory_ids != "all":
-            raise InvalidRequest(
-                f"memory_ids is 'all' or a list of memory ids, not '{memory_ids}'",
-                param="memory_ids",
-            )
-        chosen = memory_ids if isinstance(memory_ids, str) else list(memory_ids)
         call = Call(
             "POST",
             f"{self._path}/{verb}",
             JobInfo.from_json,
-            body={**tier, "memory_ids": chosen},
+            body={**tier, "memory_ids": _chosen(memory_ids)},
         )
         job = yield from self._session.call(call)
         if not wait:
@@ -361,11 +462,24 @@ class CubeCalls(PlaintextCalls):
 
 
 class Cube(CubeCalls, BlockingChat):
-    """A handle of one MemCube; made by `MOS.cube` and `MOS.create_cube`."""
+    """A handle of one MemCube; made by `MOS.cube`, `MOS.create_cube` and `MOS.import_cube`.
+
+    Attributes:
+        arrival: how it came here, when this handle is that of an import or a clone.
+    """
 
     def __init__(self, cube_id: str, session: Session, http: httpx.Client) -> None:
         super().__init__(session, http)
         self.id = cube_id
+        self.arrival = None
+        self._http = http
+
+    def _handle(self, cube_id: str) -> Self:
+        return type(self)(cube_id, self._session, self._http)
+
+    def export_audit(self) -> Iterator[bytes]:
+        """The cube's audit entries, oldest first, as lines of JSON; in parts as they come."""
+        return export_parts(self, f"{self._path}/audit/export")
 
     def _chat_cubes(self, cubes: Sequence[str]) -> Sequence[str]:
         return (self.id, *cubes)
@@ -377,9 +491,46 @@ class AsyncCube(CubeCalls, AwaitedChat):
     def __init__(self, cube_id: str, session: Session, http: httpx.AsyncClient) -> None:
         super().__init__(session, http)
         self.id = cube_id
+        self.arrival = None
+        self._http = http
+
+    def _handle(self, cube_id: str) -> Self:
+        return type(self)(cube_id, self._session, self._http)
+
+    def export_audit(self) -> AsyncIterator[bytes]:
+        """`Cube.export_audit`, awaited."""
+        return aexport_parts(self, f"{self._path}/audit/export")
 
     def _chat_cubes(self, cubes: Sequence[str]) -> Sequence[str]:
         return (self.id, *cubes)
+
+
+def keep_call(
+    path: str, memory_ids: MemoryIds, *, from_cube: str, reason: str | None
+) -> Call[list[MemoryInfo]]:
+    """See `CubeCalls.keep`; `path` is that of the cube that keeps."""
+    body = {"from": from_cube, "memory_ids": _chosen(memory_ids), "reason": reason}
+    return Call(
+        "POST",
+        f"{path}/keep",
+        memories_of,
+        body={name: value for name, value in body.items() if value is not None},
+    )
+
+
+def memories_of(body: object) -> list[MemoryInfo]:
+    """Every memory of a list object."""
+    return list(page_of(MemoryInfo.from_json)(body).items)
+
+
+def _chosen(memory_ids: MemoryIds) -> str | list[str]:
+    if not isinstance(memory_ids, str):
+        return list(memory_ids)
+    if memory_ids != "all":
+        raise InvalidRequest(
+            f"memory_ids is 'all' or a list of memory ids, not '{memory_ids}'", param="memory_ids"
+        )
+    return memory_ids
 
 
 def _as_memory(memory: MemoryInput) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """Calls are written once, as generators that ask for IO; a blocking or an awaited driver does it.
 
-A *flow* yields what it needs done (`Send`, `Drain`, `Pause`) and gets the response back, or the
-httpx error thrown into it. Retries, polling and paging are flows too, so both clients share them.
+A *flow* yields what it needs done (`Send`, `Drain`, `Save`, `Work`, `Pause`) and gets the response
+back, or the httpx error thrown into it. Retries, polling and paging are flows too, so both clients
+share them.
 `operation` and `listing` turn methods that return flows into the public methods of `MOS` and
 `Cube` (which block) and of `AsyncMOS` and `AsyncCube` (which are awaited).
 """
@@ -9,19 +10,20 @@ httpx error thrown into it. Retries, polling and paging are flows too, so both c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import httpx
 
 from memos_vllm.client.errors import UnexpectedReply
 from memos_vllm.client.objects import Page
 from memos_vllm.client.session import Session
-from memos_vllm.client.steps import Drain, Flow, Pause, Send, Step
+from memos_vllm.client.steps import Drain, Flow, Pause, Save, Send, Step, Work
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,6 +59,14 @@ class Blocking:
             case Drain(response):
                 response.read()
                 return response
+            case Save(response, file, on_bytes):
+                with contextlib.closing(response):
+                    for chunk in response.iter_bytes():
+                        _put_down(file, chunk, on_bytes)
+                return None
+            case Work(act):
+                act()
+                return None
             case Pause(seconds):
                 time.sleep(seconds)
                 return None
@@ -97,6 +107,14 @@ class Awaited:
             case Drain(response):
                 await response.aread()
                 return response
+            case Save(response, file, on_bytes):
+                async with contextlib.aclosing(response):
+                    async for chunk in response.aiter_bytes():
+                        _put_down(file, chunk, on_bytes)
+                return None
+            case Work(act):
+                await asyncio.to_thread(act)
+                return None
             case Pause(seconds):
                 await asyncio.sleep(seconds)
                 return None
@@ -106,6 +124,12 @@ class Awaited:
         while (page := await self._run(pages.next())) is not None:
             for item in page:
                 yield item
+
+
+def _put_down(file: IO[bytes], chunk: bytes, on_bytes: Callable[[int], None] | None) -> None:
+    file.write(chunk)
+    if on_bytes is not None:
+        on_bytes(file.tell())
 
 
 @dataclass(frozen=True, slots=True)

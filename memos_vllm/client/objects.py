@@ -131,7 +131,11 @@ class MemoryInfo:
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """Work in the server; `progress` runs from 0 to 1."""
+    """Work in the server; `progress` runs from 0 to 1.
+
+    Attributes:
+        proofs: of an erasure, what is known to be gone: `what`, `count`, `checked`, `done_at`.
+    """
 
     id: str
     cube_id: str | None
@@ -141,6 +145,7 @@ class JobInfo:
     message: str
     error: str | None
     raw: Json = field(repr=False, compare=False)
+    proofs: tuple[Json, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -159,6 +164,61 @@ class JobInfo:
             message=job.optional_text("message") or "",
             error=None if error is None else str(error),
             raw=job.raw,
+            proofs=job.each("proofs", raw_object),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ErasedInfo:
+    """A memory that is gone, with what was derived from it.
+
+    Attributes:
+        job_id: the job that removes what it led to elsewhere, and proves it.
+    """
+
+    id: str
+    cube_id: str
+    versions_removed: int
+    derived: tuple[str, ...]
+    job_id: str
+    raw: Json = field(repr=False, compare=False)
+
+    @classmethod
+    def from_json(cls, body: object) -> ErasedInfo:
+        erased = Fields(body, "memory")
+        return cls(
+            id=erased.text("id"),
+            cube_id=erased.text("cube_id"),
+            versions_removed=erased.count("versions_removed"),
+            derived=erased.names("derived"),
+            job_id=erased.text("job_id"),
+            raw=erased.raw,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GrantInfo:
+    """What a principal may do with a cube; `role` is reader, editor, owner or auditor."""
+
+    cube_id: str
+    principal: str
+    role: str
+    labels: tuple[str, ...]
+    granted_by: str
+    granted_at: datetime
+    raw: Json = field(repr=False, compare=False)
+
+    @classmethod
+    def from_json(cls, body: object) -> GrantInfo:
+        grant = Fields(body, "grant")
+        return cls(
+            cube_id=grant.text("cube_id"),
+            principal=grant.text("principal"),
+            role=grant.text("role"),
+            labels=grant.names("labels"),
+            granted_by=grant.text("granted_by"),
+            granted_at=grant.time("granted_at"),
+            raw=grant.raw,
         )
 
 
@@ -179,6 +239,11 @@ class Health:
 class Page(Generic[T]):
     items: tuple[T, ...]
     next_cursor: str | None
+
+
+def raw_object(body: object) -> Json:
+    """A JSON object as it is."""
+    return Fields(body, "object").raw
 
 
 def page_of(parse: Callable[[object], T]) -> Callable[[object], Page[T]]:

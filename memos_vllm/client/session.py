@@ -147,6 +147,11 @@ class Session:
         elif call.body is not None:
             content = encode_body(call.body)
             headers["Content-Type"] = "application/json"
+        elif call.file is not None:
+            headers["Content-Type"] = "application/zstd"
+            headers["Content-Length"] = str(call.file.size_bytes)
+            # httpx adds it only where it makes the body itself.
+            headers["Host"] = self.base_url.netloc.decode("ascii")
         # One key for all attempts: the server does the work once and repeats its answer.
         if call.method == "POST" and call.path.startswith("/v1/memcubes"):
             headers["Idempotency-Key"] = uuid.uuid4().hex
@@ -163,6 +168,7 @@ class Session:
             content=content,
             data=data,
             files=files,
+            stream=call.file,
             extensions={"timeout": timeout.as_dict()},
         )
 

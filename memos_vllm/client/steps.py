@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import IO, TypeAlias, TypeVar
 
 import httpx
 
@@ -27,10 +27,30 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Save:
+    """Write the body of a streamed response to a file, and close it.
+
+    Args:
+        on_bytes: told how many bytes there are so far.
+    """
+
+    response: httpx.Response
+    file: IO[bytes]
+    on_bytes: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Do something that takes a while; a client that is awaited does it in a thread."""
+
+    act: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     seconds: float
 
 
-Step: TypeAlias = Send | Drain | Pause
-# Yields steps, is sent the response (None after a Pause), and returns a T.
+Step: TypeAlias = Send | Drain | Save | Work | Pause
+# Yields steps, is sent the response after a Send or a Drain, and returns a T.
 Flow: TypeAlias = Generator[Step, httpx.Response | None, T]

@@ -27,6 +27,12 @@ class Upload:
     fields: Mapping[str, str]
 
 
+class FileStream(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body that either client can send; each attempt begins anew."""
+
+    size_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
     """One request to the API and the type of its answer.
@@ -36,6 +42,7 @@ class Call(Generic[T]):
         repeatable: sending it twice does no harm, so it may be retried.
         slow: it generates text or reads a document, so the longer timeout applies.
         upload: sent in place of a JSON body.
+        file: the same, as it is and as it is read.
         accept: error statuses whose body is an answer all the same.
     """
 
@@ -45,6 +52,7 @@ class Call(Generic[T]):
     query: Mapping[str, str | int | None] = field(default_factory=dict)
     body: Mapping[str, object] | None = None
     upload: Upload | None = None
+    file: FileStream | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
     slow: bool = False

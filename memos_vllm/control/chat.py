@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import Row, Select, delete, insert, select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import cubes_for, open_cube, require_id
-from memos_vllm.control.catalog import Catalog
+from memos_vllm.control.batches import in_parts
+from memos_vllm.control.calls import exactly_once, repeatable
 from memos_vllm.control.composition import (
     artifacts_of,
+    bakeable,
     compositions,
     in_prefix_ever,
     is_current,
@@ -31,60 +33,40 @@ from memos_vllm.control.tables import (
 )
 from memos_vllm.domain.access import SYSTEM, Access, Principal
 from memos_vllm.domain.artifact import ActivationState, ArtifactRecord
-from memos_vllm.domain.cube import CubeSnapshot, SnapshotMemory
+from memos_vllm.domain.cube import CubeSnapshot, HeldSnapshot, SnapshotMemory
 from memos_vllm.domain.ids import CubeId, MemoryId
 from memos_vllm.domain.memory import MemoryState, Tier
 from memos_vllm.domain.usage import UsageEvent
 from memos_vllm.errors import Conflict, NotFound
 
-MAX_CACHED_CUBES = 256
-
-
-@dataclass(frozen=True, slots=True)
-class _CachedCube:
-    """A cube's activation memory at one version, with the times at which members leave it."""
-
-    snapshot: CubeSnapshot
-    expiries: tuple[datetime | None, ...]
-
-    def at(self, now: datetime) -> CubeSnapshot:
-        """The snapshot without what has expired by `now`."""
-        if all(expiry is None or expiry > now for expiry in self.expiries):
-            return self.snapshot
-        shot = self.snapshot
-        left = tuple(
-            memory
-            for memory, expiry in zip(shot.memories, self.expiries, strict=True)
-            if expiry is None or expiry > now
-        )
-        return replace(shot, memories=left)
-
 
 class ChatService(Service):
     """The chat path's part of `Mos`. Artifacts and usage come from the engine, not a caller."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        *,
-        clock: Callable[[], datetime],
-        new_id: Callable[[str], str],
-    ) -> None:
-        super().__init__(catalog, clock=clock, new_id=new_id)
-        self._snapshots: OrderedDict[str, _CachedCube] = OrderedDict()
-        self._snapshots_lock = threading.Lock()
-
     def snapshots(self, actor: Principal, cube_ids: Sequence[str]) -> list[CubeSnapshot]:
         """The cubes' activation memory, in the order asked for, from one state of the catalog.
 
-        A cube that did not change since the last call costs its part of one SELECT.
+        Raises:
+            NotFound: the first cube that the actor may not read.
+        """
+        now = self._clock()
+        found = self.changed_snapshots(actor, cube_ids, known={})
+        return [held.at(now) for held in found if held is not None]
 
+    def changed_snapshots(
+        self, actor: Principal, cube_ids: Sequence[str], *, known: Mapping[str, int]
+    ) -> list[HeldSnapshot | None]:
+        """As `snapshots`, but None for each cube whose version the caller knows already.
+
+        A cube that did not change costs its part of one SELECT.
+
+        Args:
+            known: versions by cube id.
         Raises:
             NotFound: the first cube that the actor may not read.
         """
         for cube_id in cube_ids:
             require_id("memcube", cube_id)
-        now = self._clock()
         query = select(CubeRow.id, CubeRow.version).where(
             CubeRow.id.in_(set(cube_ids)), cubes_for(actor, Access.READ)
         )
@@ -93,18 +75,51 @@ class ChatService(Service):
             for cube_id in cube_ids:
                 if cube_id not in versions:
                     raise NotFound("memcube", cube_id)
-            cached = self._cached(versions)
-            missing = [cube_id for cube_id in versions if cube_id not in cached]
-            loaded = {cube_id: _load_cube(session, cube_id) for cube_id in missing}
-        self._remember(loaded)
-        found = cached | loaded
-        return [found[cube_id].at(now) for cube_id in cube_ids]
+            loaded = {
+                cube_id: _load_cube(session, cube_id)
+                for cube_id, version in versions.items()
+                if known.get(cube_id) != version
+            }
+        return [loaded.get(cube_id) for cube_id in cube_ids]
+
+    def snapshot_with(self, cube_id: str, memory_ids: Sequence[str] | None) -> CubeSnapshot:
+        """The cube as if these memories (None: all that may be) were activation memory.
+
+        What may not be, is unknown or lies elsewhere is left out.
+
+        Raises:
+            NotFound: the cube.
+        """
+        (snapshot,) = self.snapshots(SYSTEM, [cube_id])
+        wanted = (
+            _members()
+            .where(
+                MemoryRow.cube_id == cube_id,
+                bakeable(self._clock()),
+                MemoryRow.tier != Tier.ACTIVATION,
+            )
+            .order_by(MemoryRow.seq)
+        )
+        with self._catalog.read() as session:
+            if memory_ids is None:
+                found = _to_members(session.execute(wanted).all())
+            else:
+                by_id = {
+                    member.id: member
+                    for part in in_parts(memory_ids)
+                    for member in _to_members(
+                        session.execute(wanted.where(MemoryRow.id.in_(part))).all()
+                    )
+                }
+                found = tuple(by_id[MemoryId(one)] for one in memory_ids if one in by_id)
+        return replace(snapshot, memories=(*snapshot.memories, *found))
 
     def require_writable(self, actor: Principal, cube_id: str) -> None:
         """Raises NotFound when the actor may not write to the cube."""
         with self._catalog.read() as session:
             open_cube(session, actor, cube_id, Access.WRITE)
 
+    @repeatable
     def record_artifact(self, record: ArtifactRecord) -> None:
         """Make an artifact that the store now holds known, or known again under the same id.
 
@@ -146,6 +161,7 @@ class ChatService(Service):
                     at=now,
                 )
 
+    @repeatable
     def forget_artifacts(self, artifact_ids: Sequence[str]) -> int:
         """Drop artifacts that the store no longer holds; returns how many were known."""
         now = self._clock()
@@ -170,6 +186,7 @@ class ChatService(Service):
             )
             return load_artifacts(session, rows.all())
 
+    @exactly_once
     def record_usage(self, events: Sequence[UsageEvent]) -> None:
         """Add up what chats used. Moves no version; what is gone by now is left out."""
         if not events:
@@ -185,61 +202,25 @@ class ChatService(Service):
                 _count_cube(session, event)
             _count_memories(session, alive)
 
-    def _cached(self, versions: dict[str, int]) -> dict[str, _CachedCube]:
-        with self._snapshots_lock:
-            found = {}
-            for cube_id, version in versions.items():
-                cube = self._snapshots.get(cube_id)
-                if cube is not None and cube.snapshot.version == version:
-                    self._snapshots.move_to_end(cube_id)
-                    found[cube_id] = cube
-            return found
 
-    def _remember(self, loaded: dict[str, _CachedCube]) -> None:
-        with self._snapshots_lock:
-            self._snapshots.update(loaded)
-            while len(self._snapshots) > MAX_CACHED_CUBES:
-                self._snapshots.popitem(last=False)
-
-    def _drop_snapshot(self, cube_id: str) -> None:
-        with self._snapshots_lock:
-            self._snapshots.pop(cube_id, None)
-
-
-def _load_cube(session: Session, cube_id: str) -> _CachedCube:
+def _load_cube(session: Session, cube_id: str) -> HeldSnapshot:
     name, version, epoch, preamble = session.execute(
         select(CubeRow.name, CubeRow.version, CubeRow.epoch, CubeRow.preamble).where(
             CubeRow.id == cube_id
         )
     ).one()
     members = session.execute(
-        select(
-            MemoryRow.id,
-            MemoryRow.version,
-            MemoryRow.text,
-            MemoryRow.source,
-            MemoryRow.expires_at,
-        )
+        _members()
         .where(MemoryRow.cube_id == cube_id, in_prefix_ever())
         .order_by(MemoryRow.position, MemoryRow.seq)
     ).all()
-    memories = tuple(
-        SnapshotMemory(
-            id=MemoryId(memory_id),
-            version=memory_version,
-            text=text,
-            title=source.get("title"),
-            source_uri=source.get("uri"),
-        )
-        for memory_id, memory_version, text, source, _ in members
-    )
     snapshot = CubeSnapshot(
         id=CubeId(cube_id),
         name=name,
         version=version,
         epoch=epoch,
         preamble=preamble,
-        memories=memories,
+        memories=_to_members(members),
         has_plaintext=session.scalar(
             select(MemoryRow.seq)
             .where(
@@ -251,7 +232,27 @@ def _load_cube(session: Session, cube_id: str) -> _CachedCube:
         )
         is not None,
     )
-    return _CachedCube(snapshot, tuple(expires_at for *_, expires_at in members))
+    return HeldSnapshot(snapshot, tuple(expires_at for *_, expires_at in members))
+
+
+def _members() -> Select[Any]:
+    """What a snapshot says of a memory, and when that ends."""
+    return select(
+        MemoryRow.id, MemoryRow.version, MemoryRow.text, MemoryRow.source, MemoryRow.expires_at
+    )
+
+
+def _to_members(rows: Sequence[Row[*tuple[Any, ...]]]) -> tuple[SnapshotMemory, ...]:
+    return tuple(
+        SnapshotMemory(
+            id=MemoryId(memory_id),
+            version=version,
+            text=text,
+            title=source.get("title"),
+            source_uri=source.get("uri"),
+        )
+        for memory_id, version, text, source, _ in rows
+    )
 
 
 def _memory_seqs(session: Session, record: ArtifactRecord) -> list[int]:

@@ -30,7 +30,7 @@ BAKING = (JobKind.BAKE, JobKind.REBUILD)
 
 def bakeable(now: datetime) -> ColumnElement[bool]:
     """Condition on `MemoryRow`: may be in a prefix. Active, unexpired, without any label."""
-    return and_(_unlabelled_active(), _unexpired(now))
+    return and_(_unlabelled_active(), unexpired(now))
 
 
 def _unlabelled_active() -> ColumnElement[bool]:
@@ -40,7 +40,21 @@ def _unlabelled_active() -> ColumnElement[bool]:
     return and_(MemoryRow.state == MemoryState.ACTIVE, ~labelled)
 
 
-def _unexpired(now: datetime) -> ColumnElement[bool]:
+def expired(now: datetime) -> ColumnElement[bool]:
+    """Condition on `MemoryRow`: active as it is written down, and over by now."""
+    return and_(MemoryRow.state == MemoryState.ACTIVE, MemoryRow.expires_at <= now)
+
+
+def in_state(state: MemoryState, now: datetime) -> ColumnElement[bool]:
+    """Condition on `MemoryRow`: in this state now; what has expired is archived."""
+    written = MemoryRow.state == state
+    if state is MemoryState.ACTIVE:
+        return and_(written, unexpired(now))
+    return or_(written, expired(now)) if state is MemoryState.ARCHIVED else written
+
+
+def unexpired(now: datetime) -> ColumnElement[bool]:
+    """Condition on `MemoryRow`: its time is not over."""
     return or_(MemoryRow.expires_at.is_(None), MemoryRow.expires_at > now)
 
 
@@ -51,7 +65,7 @@ def in_prefix_ever() -> ColumnElement[bool]:
 
 def in_prefix(now: datetime) -> ColumnElement[bool]:
     """Condition on `MemoryRow`: is in its cube's prefix now."""
-    return and_(in_prefix_ever(), _unexpired(now))
+    return and_(in_prefix_ever(), unexpired(now))
 
 
 def compositions(

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from memos_vllm.control.access import OpenCube, cubes_for, open_cube, visible
-from memos_vllm.control.composition import artifacts_of, mark_stale, take_artifacts
+from memos_vllm.control.access import (
+    OpenCube,
+    first_cubes_for,
+    open_cube,
+    require_own_name,
+    visible,
+)
+from memos_vllm.control.calls import exactly_once
+from memos_vllm.control.composition import artifacts_of, in_state, mark_stale, take_artifacts
 from memos_vllm.control.idempotency import forget_replies
 from memos_vllm.control.indexing import note_gone
 from memos_vllm.control.paging import check_limit, cut, text_key
-from memos_vllm.control.service import Service, bump, check_version
+from memos_vllm.control.service import Service, bump, check_version, register
 from memos_vllm.control.tables import (
     CubeRow,
     CubeUsageRow,
     GrantRow,
     MemoryRow,
     MemoryTagRow,
-    PrincipalRow,
     RetiredCubeRow,
 )
 from memos_vllm.control.views import load_cubes
 from memos_vllm.domain.access import Access, Principal, Role
-from memos_vllm.domain.artifact import DeletedCube
-from memos_vllm.domain.checks import check_words
+from memos_vllm.domain.artifact import ArtifactRecord, DeletedCube
+from memos_vllm.domain.checks import JsonObject, check_words
 from memos_vllm.domain.cube import (
     Cube,
     CubePatch,
@@ -47,6 +54,7 @@ _LISTING = "cubes"
 class CubeService(Service):
     """The cubes' part of `Mos`."""
 
+    @exactly_once
     def create_cube(
         self,
         actor: Principal,
@@ -76,30 +84,25 @@ class CubeService(Service):
                 preamble=preamble or "",
             )
         )
+        assert fields.name is not UNSET
+        assert fields.description is not UNSET
+        assert fields.preamble is not UNSET
         now = self._clock()
         with self._catalog.write() as session:
-            if session.get(CubeRow, chosen) is not None:
-                raise Conflict(f"memcube '{chosen}' exists already; choose another id")
-            _register(session, actor, at=now)
-            before = session.get(RetiredCubeRow, chosen)
-            version = 1 if before is None else before.version + 1
-            row = CubeRow(
-                id=chosen,
+            cube = insert_cube(
+                session,
+                actor,
+                cube_id=chosen,
                 name=fields.name,
                 description=fields.description,
                 preamble=fields.preamble,
-                labels=list(words),
-                owner=actor.id,
-                version=version,
-                epoch=1 if before is None else before.epoch + 1,
-                scope_version=version,
+                labels=words,
                 created_at=now,
-                updated_at=now,
+                at=now,
             )
-            session.add(row)
             self._log(session, actor, "cube.create", cube_id=chosen, at=now)
             session.flush()
-            return _load(session, OpenCube(row, Role.OWNER, frozenset()), now=now)
+            return _load(session, cube, now=now)
 
     def list_cubes(
         self, actor: Principal, *, limit: int = 50, cursor: str | None = None
@@ -107,9 +110,8 @@ class CubeService(Service):
         """Cubes that the actor may see, by id; raises InvalidRequest for limit or cursor."""
         check_limit(limit)
         after = text_key(_LISTING, cursor)
-        query = select(CubeRow).where(cubes_for(actor, Access.SEE)).order_by(CubeRow.id)
-        if after is not None:
-            query = query.where(CubeRow.id > after)
+        found = first_cubes_for(actor, Access.SEE, after=after, most=limit + 1)
+        query = select(CubeRow).where(found).order_by(CubeRow.id)
         with self._catalog.read() as session:
             rows, next_cursor = cut(
                 session.scalars(query.limit(limit + 1)).all(),
@@ -126,6 +128,7 @@ class CubeService(Service):
             cube = open_cube(session, actor, cube_id, Access.SEE)
             return _load(session, cube, now=self._clock())
 
+    @exactly_once
     def update_cube(
         self, actor: Principal, cube_id: str, patch: CubePatch, *, if_match: int | None = None
     ) -> Cube:
@@ -161,6 +164,7 @@ class CubeService(Service):
                 session.flush()
             return _load(session, cube, now=now)
 
+    @exactly_once
     def delete_cube(
         self, actor: Principal, cube_id: str, *, if_match: int | None = None
     ) -> DeletedCube:
@@ -175,25 +179,12 @@ class CubeService(Service):
         with self._catalog.write() as session:
             row = open_cube(session, actor, cube_id, Access.MANAGE).row
             check_version(expected=if_match, found=row.version)
-            artifacts = take_artifacts(session, row.id)
-            memories = session.scalar(
-                select(func.count()).select_from(MemoryRow).where(MemoryRow.cube_id == row.id)
-            )
-            _retire(session, row)
-            session.execute(delete(MemoryTagRow).where(MemoryTagRow.cube_id == row.id))
-            session.execute(delete(CubeRow).where(CubeRow.id == row.id))
-            forget_replies(session, naming=[row.id])
-            note_gone(session, row.id)
+            removed = remove_cube(session, row)
             self._log(
-                session,
-                actor,
-                "cube.delete",
-                cube_id=row.id,
-                details={"memories": memories, "artifacts": [record.id for record in artifacts]},
-                at=now,
+                session, actor, "cube.delete", cube_id=row.id, details=removed.details(), at=now
             )
         self._catalog.scrub()
-        return DeletedCube(CubeId(row.id), artifacts)
+        return DeletedCube(CubeId(row.id), removed.artifacts)
 
     def cube_stats(self, actor: Principal, cube_id: str) -> CubeStats:
         """Counts, bytes and savings of a cube; raises NotFound."""
@@ -202,14 +193,77 @@ class CubeService(Service):
             return _stats(session, cube, now=self._clock())
 
 
-def _register(session: Session, actor: Principal, *, at: datetime) -> None:
-    if session.get(PrincipalRow, actor.id) is None:
-        session.add(
-            PrincipalRow(
-                id=actor.id, kind=actor.kind, name=actor.id, admin=actor.admin, created_at=at
-            )
-        )
-        session.flush()
+@dataclass(frozen=True, slots=True)
+class RemovedCube:
+    """A cube that is no longer there.
+
+    Args:
+        memories: how many it had.
+        artifacts: those whose files have to be removed.
+    """
+
+    memories: int
+    artifacts: list[ArtifactRecord]
+
+    def details(self) -> JsonObject:
+        """For the audit log."""
+        return {"memories": self.memories, "artifacts": [record.id for record in self.artifacts]}
+
+
+def remove_cube(session: Session, row: CubeRow) -> RemovedCube:
+    """Remove a cube and all that is in it; whoever calls this logs it, and scrubs afterwards."""
+    artifacts = take_artifacts(session, row.id)
+    memories = session.scalar(
+        select(func.count()).select_from(MemoryRow).where(MemoryRow.cube_id == row.id)
+    )
+    _retire(session, row)
+    session.execute(delete(MemoryTagRow).where(MemoryTagRow.cube_id == row.id))
+    session.execute(delete(CubeRow).where(CubeRow.id == row.id))
+    forget_replies(session, naming=[row.id])
+    note_gone(session, row.id)
+    return RemovedCube(memories or 0, artifacts)
+
+
+def insert_cube(
+    session: Session,
+    actor: Principal,
+    *,
+    cube_id: str,
+    name: str,
+    description: str,
+    preamble: str,
+    labels: Sequence[str],
+    created_at: datetime,
+    at: datetime,
+) -> OpenCube:
+    """A new cube of checked fields that belongs to the actor.
+
+    Raises:
+        Forbidden: the id names somebody else's own cube.
+        Conflict: the id is taken.
+    """
+    require_own_name(actor, cube_id)
+    if session.get(CubeRow, cube_id) is not None:
+        raise Conflict(f"memcube '{cube_id}' exists already; choose another id")
+    register(session, actor, at=at)
+    before = session.get(RetiredCubeRow, cube_id)
+    version = 1 if before is None else before.version + 1
+    row = CubeRow(
+        id=cube_id,
+        name=name,
+        description=description,
+        preamble=preamble,
+        labels=list(labels),
+        owner=actor.id,
+        version=version,
+        epoch=1 if before is None else before.epoch + 1,
+        scope_version=version,
+        created_at=created_at,
+        updated_at=at,
+    )
+    session.add(row)
+    session.flush()
+    return OpenCube(row, Role.OWNER, frozenset())
 
 
 def _load(session: Session, cube: OpenCube, *, now: datetime) -> Cube:
@@ -258,7 +312,7 @@ def _stats(session: Session, cube: OpenCube, *, now: datetime) -> CubeStats:
     loaded = _load(session, cube, now=now)
     sizes = session.execute(
         select(MemoryRow.tier, func.count(), func.sum(MemoryRow.text_bytes))
-        .where(visible(cube), MemoryRow.state == MemoryState.ACTIVE)
+        .where(visible(cube), in_state(MemoryState.ACTIVE, now))
         .group_by(MemoryRow.tier)
     )
     tiers = {tier: TierStats() for tier in Tier}

@@ -9,8 +9,14 @@ from sqlalchemy import delete, insert, not_, select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, visible
-from memos_vllm.control.document_upload import Upload
-from memos_vllm.control.tables import ChunkRow, DocumentRow, EdgeRow, MemoryRow
+from memos_vllm.control.document_upload import Upload, withheld_lines, without_lines
+from memos_vllm.control.tables import (
+    ChunkRow,
+    DocumentRow,
+    EdgeRow,
+    MemoryRow,
+    MemoryVersionRow,
+)
 from memos_vllm.domain.access import Role
 from memos_vllm.domain.document import PART_OF, NewChunk
 from memos_vllm.domain.memory import MemoryState
@@ -92,3 +98,38 @@ def set_chunks(
         for seq, following in itertools.pairwise(seqs)
     ]
     session.execute(insert(EdgeRow), edges)
+
+
+def withhold_headings(session: Session, cube: OpenCube, chunk: MemoryRow) -> MemoryRow | None:
+    """Take headings that only stand over what is labelled out of the document's outline.
+
+    Called when a chunk got other labels. Earlier versions of the outline lose them, too: an
+    outline repeats what its chunks say, and these now say it under a label.
+
+    Returns:
+        The document's memory when it says less than before.
+    """
+    document = session.scalar(
+        select(MemoryRow)
+        .join(ChunkRow, ChunkRow.document_seq == MemoryRow.seq)
+        .where(ChunkRow.memory_seq == chunk.seq)
+    )
+    if document is None:
+        return None
+    withheld = withheld_lines(
+        document.labels,
+        (
+            (memory.labels, memory.attributes.get("heading_path") or ())
+            for _, memory in chunk_rows(session, document.seq)
+        ),
+    )
+    said = document.text
+    document.text = without_lines(said, withheld)
+    document.text_bytes = len(document.text.encode())
+    versions = session.scalars(
+        select(MemoryVersionRow).where(MemoryVersionRow.memory_seq == document.seq)
+    )
+    for version in versions:
+        version.text = without_lines(version.text, withheld)
+    session.flush()
+    return document if document.text != said else None

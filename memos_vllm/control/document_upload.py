@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -146,12 +146,39 @@ def _place(chunk: NewChunk) -> dict[str, JsonValue]:
     return place
 
 
+def heading_line(path: Sequence[str]) -> str:
+    """A chunk's headings as a line of its document's outline."""
+    return " > ".join(path)
+
+
+def withheld_lines(
+    labels: Sequence[str], chunks: Iterable[tuple[Sequence[str], Sequence[str]]]
+) -> set[str]:
+    """Headings that stand only over chunks under a label that their document lacks.
+
+    Args:
+        labels: of the memory that stands for the document.
+        chunks: labels and headings of each.
+    """
+    shown: set[str] = set()
+    hidden: set[str] = set()
+    for chunk_labels, path in chunks:
+        (shown if set(chunk_labels) <= set(labels) else hidden).add(heading_line(path))
+    return hidden - shown
+
+
+def without_lines(outline: str, lines: Collection[str]) -> str:
+    """An outline without these headings; its title stays."""
+    title, *headings = outline.split("\n")
+    return "\n".join([title, *(line for line in headings if line not in lines)])
+
+
 def _outline(document: NewDocument) -> str:
     """The title and the headings of a document, each once, as text."""
     lines = [document.title]
     size = len(document.title)
     for path in dict.fromkeys(chunk.heading_path for chunk in document.chunks):
-        line = " > ".join(path)
+        line = heading_line(path)
         size += len(line) + 1
         if size > _MAX_OUTLINE_CHARS:
             lines.append("…")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from sqlalchemy import select
@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, open_cube
 from memos_vllm.control.batches import in_parts
+from memos_vllm.control.calls import exactly_once
 from memos_vllm.control.composition import mark_stale
 from memos_vllm.control.document_rows import (
     chunk_rows,
@@ -19,7 +20,7 @@ from memos_vllm.control.document_rows import (
     rename_document,
     set_chunks,
 )
-from memos_vllm.control.document_upload import Upload, checked_upload
+from memos_vllm.control.document_upload import Upload, checked_upload, withheld_lines, without_lines
 from memos_vllm.control.memory_writes import (
     apply_patch,
     insert_memories,
@@ -63,6 +64,7 @@ class _By:
 class DocumentService(Service):
     """The documents' part of `Mos`."""
 
+    @exactly_once
     def put_document(
         self,
         actor: Principal,
@@ -123,7 +125,11 @@ class DocumentService(Service):
             outcome = DocumentOutcome.ADDED if known is None else DocumentOutcome.UPDATED
             if known is not None and not change.any:
                 outcome = DocumentOutcome.UNCHANGED
-            return _stored(session, cube, outcome, change, hidden=hidden)
+            stored = _stored(session, cube, outcome, change, hidden=hidden)
+            if not change.touched:
+                given = (stored.document, *stored.memories)
+                self._log_read(session, actor.id, cube.cube_id, given)
+            return stored
 
     def _add(self, session: Session, cube: OpenCube, upload: Upload, by: _By) -> _Change:
         whole, *pieces = self._insert(session, cube, [upload.whole, *upload.pieces], by)
@@ -185,7 +191,16 @@ class DocumentService(Service):
         ]
         added = self._insert(session, cube, new, by)
         seqs |= {index: row.seq for index, row in zip(plan.added, added, strict=True)}
-        patch = upload.patch(upload.whole, known=whole.attributes, with_text=True)
+        by_seq = {row.seq: row for row in (*(row for _, row in old), *added)}
+        withheld = withheld_lines(
+            upload.labels or whole.labels,
+            (
+                (by_seq[seqs[index]].labels, chunk.heading_path)
+                for index, chunk in enumerate(upload.document.chunks)
+            ),
+        )
+        outline = replace(upload.whole, text=without_lines(upload.whole.text, withheld))
+        patch = upload.patch(outline, known=whole.attributes, with_text=True)
         renewed = brought.bring(whole, patch)
         brought.write(session, cube, by)
         ordered = [seqs[index] for index in range(len(upload.document.chunks))]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, open_cube, open_memory, visible
 from memos_vllm.control.batches import in_parts
+from memos_vllm.control.calls import exactly_once
 from memos_vllm.control.composition import take_artifacts
+from memos_vllm.control.erasing import newest_entry, queue_erasure
 from memos_vllm.control.idempotency import forget_replies
 from memos_vllm.control.indexing import note_changed
 from memos_vllm.control.service import Service, bump, check_version
@@ -20,17 +22,20 @@ from memos_vllm.control.tables import (
     LineageRow,
     MemoryRow,
     MemoryVersionRow,
-    Relation,
 )
 from memos_vllm.domain.access import Access, Principal
 from memos_vllm.domain.artifact import ErasedMemory
-from memos_vllm.domain.ids import CubeId, MemoryId
+from memos_vllm.domain.erasure import ErasureOrder, Removed
+from memos_vllm.domain.ids import CubeId, JobId, MemoryId
+from memos_vllm.domain.memory import Relation
+from memos_vllm.domain.needles import Needle, needles_of
 from memos_vllm.errors import ConfigurationError
 
 
 class EraseService(Service):
     """The erasure's part of `Mos`."""
 
+    @exactly_once
     def erase_memory(
         self,
         actor: Principal,
@@ -42,6 +47,7 @@ class EraseService(Service):
     ) -> ErasedMemory:
         """Remove a memory without trace: text, every version, edges, and stored replies.
 
+        What lies elsewhere is left to a job (`control/erasing.py`) that is queued with this.
         What was derived from it goes with it, and what was derived from that: it says the same in
         other words. The cube's epoch moves, so all of its artifacts are out of reach; the audit
         log keeps a keyed hash of each version's text. Legal in every state.
@@ -49,7 +55,7 @@ class EraseService(Service):
         Args:
             tombstone_key: secret key of the hashes.
         Returns:
-            The artifacts of the cube, whose files the caller has to remove.
+            The artifacts of the cubes, whose files the caller has to remove, and the job.
         Raises:
             NotFound, StaleVersion.
             ConfigurationError: the key is empty.
@@ -68,12 +74,16 @@ class EraseService(Service):
                 for cube_id in dict.fromkeys(memory.cube_id for memory in gone)
             }
             artifacts = {}
+            scopes = tuple((cube_row.id, cube_row.epoch) for cube_row in touched.values())
             for cube_row in touched.values():
                 artifacts[cube_row.id] = take_artifacts(session, cube_row.id)
                 cube_row.epoch += 1
                 bump(cube_row, at=now, rescope=True)
             texts = {memory.seq: _texts(session, memory) for memory in gone}
-            forget_replies(session, naming=[memory.id for memory in gone])
+            known = [row, *shown]
+            replies = forget_replies(session, naming=[memory.id for memory in known])
+            hidden = [memory.id for memory in gone if memory not in known]
+            forget_replies(session, naming=hidden)
             for memory in gone:
                 session.execute(delete(MemoryRow).where(MemoryRow.seq == memory.seq))
                 note_changed(session, memory.cube_id, [memory.seq])
@@ -98,15 +108,42 @@ class EraseService(Service):
                     },
                     at=now,
                 )
+            order = ErasureOrder(
+                memories=tuple((memory.seq, memory.id) for memory in gone),
+                scopes=scopes,
+                entry=newest_entry(session),
+                counts={
+                    Removed.TEXT: sum(len(texts[memory.seq]) for memory in known),
+                    Removed.REPLIES: replies,
+                    Removed.ARTIFACTS: len(artifacts[cube_id]),
+                    Removed.POINTS: len(known),
+                },
+                needles=_needles(texts.values(), key=tombstone_key),
+            )
+            job = queue_erasure(
+                session,
+                order,
+                job_id=self._new_id("job"),
+                cube_id=cube_id,
+                actor=actor,
+                at=now,
+            )
+        self._catalog.scrub()
         return ErasedMemory(
             id=MemoryId(row.id),
             cube_id=CubeId(cube.row.id),
             versions=len(texts[row.seq]),
             epoch=cube.row.epoch,
             artifacts=[record for records in artifacts.values() for record in records],
+            job=JobId(job.id),
             derived=tuple(MemoryId(memory.id) for memory in shown),
-            log_truncated=self._catalog.scrub(),
         )
+
+
+def _needles(texts: Iterable[Sequence[str]], *, key: bytes) -> tuple[Needle, ...]:
+    """By what every version of every text is found again in a log."""
+    said = dict.fromkeys(text for versions in texts for text in versions)
+    return tuple(dict.fromkeys(needle for text in said for needle in needles_of(text, key=key)))
 
 
 def _derived_from(session: Session, row: MemoryRow) -> list[MemoryRow]:

@@ -8,19 +8,21 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import open_cube, open_memories, visible
+from memos_vllm.control.calls import exactly_once
 from memos_vllm.control.indexing import note_changed
 from memos_vllm.control.memory_writes import insert_lineage, insert_memories
 from memos_vllm.control.service import Service, bump
-from memos_vllm.control.tables import LineageRow, MemoryRow, Relation
+from memos_vllm.control.tables import LineageRow, MemoryRow
 from memos_vllm.control.views import load_memories
 from memos_vllm.domain.access import Access, Principal
 from memos_vllm.domain.fact import FACT_KIND, NewFact
-from memos_vllm.domain.memory import Memory, NewMemory, Source, checked_batch
+from memos_vllm.domain.memory import Memory, NewMemory, Relation, Source, checked_batch
 
 
 class FactService(Service):
     """The facts' part of `Mos`."""
 
+    @exactly_once
     def add_facts(
         self, actor: Principal, cube_id: str, facts: Sequence[NewFact], *, turn_ids: Sequence[str]
     ) -> list[Memory]:

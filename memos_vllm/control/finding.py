@@ -15,7 +15,6 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    CompoundSelect,
     Select,
     and_,
     bindparam,
@@ -36,18 +35,17 @@ from memos_vllm.control.tables import (
     LineageRow,
     MemoryRow,
     MemoryUsageRow,
-    Relation,
     VectorRow,
 )
 from memos_vllm.control.views import load_memories
 from memos_vllm.domain.access import Access, Principal, Role
 from memos_vllm.domain.finding import AUTHOR_PREFIX, Facts, Link
 from memos_vllm.domain.ids import CubeId
-from memos_vllm.domain.memory import Memory, MemoryState
+from memos_vllm.domain.memory import Memory, MemoryState, Relation
 from memos_vllm.domain.scope import Scope
 
 MENTIONS = "mentions"
-# Of one kind to one memory; more than any fan-out, since some may come from what is hidden.
+# Of one kind to one memory; more than any fan-out, since some may come from what is archived.
 MAX_INCOMING = 64
 # How lineage is called among the kinds of edges.
 LINEAGE_KINDS: Mapping[Relation, str] = {
@@ -58,7 +56,7 @@ LINEAGE_KINDS: Mapping[Relation, str] = {
 
 
 class FindingService(Service):
-    """The search's part of `Mos`: reads only."""
+    """The search's part of `Mos`: reads only, but for the log of what was read under a label."""
 
     def search_scope(self, actor: Principal, cube_ids: Sequence[str]) -> Scope:
         """What the actor may find in these cubes.
@@ -76,6 +74,7 @@ class FindingService(Service):
             cube_ids=tuple(CubeId(cube.row.id) for cube in cubes),
             labels=frozenset.intersection(*limited) if limited else None,
             now=now.timestamp(),
+            reader=actor.id,
         )
 
     def snapshot(self) -> AbstractContextManager[None]:
@@ -101,8 +100,8 @@ class FindingService(Service):
         if not seqs:
             return []
         with self._catalog.read() as session:
-            found = _edges(session, seqs)
-            shared = _shared(session, mentioning, most=max_mentions) if mentioning else []
+            found = _edges(session, scope, seqs)
+            shared = _shared(session, scope, mentioning, most=max_mentions) if mentioning else []
             ends = {link.target for link in found}
             ends.update(seq for _, sharers in shared for seq in sharers)
             seen = _seen(session, scope, ends)
@@ -152,23 +151,32 @@ class FindingService(Service):
         with self._catalog.read() as session:
             return int(_TEXT_BYTES.values(session, {"seqs": seqs})[0])
 
-    def load_found(self, scope: Scope, seqs: Sequence[int]) -> dict[int, Memory]:
+    def load_found(
+        self, scope: Scope, seqs: Sequence[int], *, answering: bool
+    ) -> dict[int, Memory]:
         """Those of `seqs` that are in the scope now: active, unexpired, under no other label.
 
         The index may lag behind the catalog; this is where a search looks at what is true.
+
+        Args:
+            answering: whether they are for the scope's reader, not for the ranking: then the
+                audit log notes those under a label.
         """
         if not seqs:
             return {}
         statement = _memories_in_scope(scope.labels is not None)
         found: dict[int, Memory] = {}
+        by_cube: dict[str, list[MemoryRow]] = defaultdict(list)
         with self._catalog.read() as session:
-            by_cube: dict[str, list[MemoryRow]] = defaultdict(list)
             for row in session.scalars(statement, {"seqs": seqs, **_bound(scope)}):
                 by_cube[row.cube_id].append(row)
             for cube_id, members in by_cube.items():
                 cube = _CubeInScope.of(cube_id, scope)
                 loaded = load_memories(session, cube, members)
                 found |= {row.seq: memory for row, memory in zip(members, loaded, strict=True)}
+        if answering:
+            for cube_id, members in by_cube.items():
+                self._note_read(scope.reader, cube_id, [found[row.seq] for row in members])
         return found
 
 
@@ -194,9 +202,12 @@ def _bound(scope: Scope) -> dict[str, Any]:
         "cubes": list(scope.cube_ids),
         "now": datetime.fromtimestamp(scope.now, UTC),
     }
-    if scope.labels is not None:
-        bound["labels"] = sorted(scope.labels)
-    return bound
+    return bound | _labels(scope)
+
+
+def _labels(scope: Scope) -> dict[str, Any]:
+    """The parameter of `foreign_label`, where only some labels are allowed."""
+    return {} if scope.labels is None else {"labels": sorted(scope.labels)}
 
 
 _FACTS = Prepared(
@@ -267,11 +278,13 @@ def _which_authored(names: int, labelled: bool) -> Prepared:
     )
 
 
-def _all_edges() -> CompoundSelect[Any]:
+@cache
+def _all_edges(labelled: bool) -> Prepared:
     """Edges that users and ingest made, and lineage, in both directions.
 
     A memory has few edges of its own, and may be the target of as many as there are memories:
-    every chunk leads to its document. Of those only the strongest of each kind are taken.
+    every chunk leads to its document. Of those only the strongest of each kind are taken, and
+    where only some labels are allowed, none of what is under another takes their place.
     """
     parts: list[Any] = []
     for origin, target, kind, weight in (
@@ -282,33 +295,30 @@ def _all_edges() -> CompoundSelect[Any]:
         place = func.row_number().over(
             partition_by=(target, kind), order_by=(weight.desc(), origin)
         )
-        incoming = (
-            select(
-                target.label("origin"),
-                origin.label("target"),
-                kind.label("kind"),
-                weight.label("weight"),
-                place.label("place"),
-            )
-            .where(one_of(target, "seqs"))
-            .subquery()
-            .c
-        )
+        leading = select(
+            target.label("origin"),
+            origin.label("target"),
+            kind.label("kind"),
+            weight.label("weight"),
+            place.label("place"),
+        ).where(one_of(target, "seqs"))
+        if labelled:
+            leading = leading.join(MemoryRow, MemoryRow.seq == origin).where(~foreign_label())
+        incoming = leading.subquery().c
         parts.append(
             select(
                 incoming.origin, incoming.target, incoming.kind, incoming.weight, literal(0)
             ).where(incoming.place <= MAX_INCOMING)
         )
-    return union_all(*parts)
+    return Prepared(union_all(*parts))
 
 
-_EDGES = Prepared(_all_edges())
-
-
-def _all_mentions() -> Select[Any]:
+@cache
+def _all_mentions(labelled: bool) -> Prepared:
     """What some memories mention, once for each memory that does, where these are few.
 
-    What everyone mentions costs a look at one more than may be, and no more.
+    What everyone mentions costs a look at one more than may be, and no more. Where only some
+    labels are allowed, what is under another does not count: it would tell by what it hides.
     """
     own, other, sharer = aliased(EntityRow), aliased(EntityRow), aliased(EntityRow)
     mentioned = (
@@ -318,35 +328,40 @@ def _all_mentions() -> Select[Any]:
         .subquery()
         .c
     )
-    one_too_many = (
-        select(other.memory_seq)
-        .where(other.cube_id == mentioned.cube_id, other.entity == mentioned.entity)
-        .limit(1)
-        .offset(bindparam("most"))
-        .exists()
+    others = select(other.memory_seq).where(
+        other.cube_id == mentioned.cube_id, other.entity == mentioned.entity
     )
-    return (
-        select(mentioned.cube_id, mentioned.entity, sharer.memory_seq)
-        .join(sharer, and_(sharer.cube_id == mentioned.cube_id, sharer.entity == mentioned.entity))
-        .where(~one_too_many)
+    sharers = select(mentioned.cube_id, mentioned.entity, sharer.memory_seq).join(
+        sharer, and_(sharer.cube_id == mentioned.cube_id, sharer.entity == mentioned.entity)
     )
+    if labelled:
+        others = others.join(MemoryRow, MemoryRow.seq == other.memory_seq).where(~foreign_label())
+        sharers = sharers.join(MemoryRow, MemoryRow.seq == sharer.memory_seq).where(
+            ~foreign_label()
+        )
+    one_too_many = others.limit(1).offset(bindparam("most")).exists()
+    return Prepared(sharers.where(~one_too_many))
 
 
-_MENTIONS = Prepared(_all_mentions())
-
-
-def _edges(session: Session, seqs: Sequence[int]) -> list[Link]:
+def _edges(session: Session, scope: Scope, seqs: Sequence[int]) -> list[Link]:
     named: Mapping[Any, str] = LINEAGE_KINDS
+    statement = _all_edges(scope.labels is not None)
     return [
         Link(origin, target, named.get(kind, kind), weight, bool(along))
-        for origin, target, kind, weight, along in _EDGES.rows(session, {"seqs": seqs})
+        for origin, target, kind, weight, along in statement.rows(
+            session, {"seqs": seqs, **_labels(scope)}
+        )
     ]
 
 
-def _shared(session: Session, seqs: Sequence[int], *, most: int) -> list[tuple[str, list[int]]]:
+def _shared(
+    session: Session, scope: Scope, seqs: Sequence[int], *, most: int
+) -> list[tuple[str, list[int]]]:
     """What some of `seqs` mention, and who else does, where these are 2 to `most` memories."""
     sharers: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for cube_id, entity, seq in _MENTIONS.rows(session, {"seqs": seqs, "most": most}):
+    statement = _all_mentions(scope.labels is not None)
+    asked = {"seqs": seqs, "most": most, **_labels(scope)}
+    for cube_id, entity, seq in statement.rows(session, asked):
         sharers[cube_id, entity].append(seq)
     return [(entity, found) for (_, entity), found in sharers.items() if len(found) > 1]
 

@@ -9,6 +9,7 @@ from sqlalchemy import BigInteger, bindparam, delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import foreign_label, open_cube
+from memos_vllm.control.calls import exactly_once, repeatable
 from memos_vllm.control.jobs import queue_job
 from memos_vllm.control.service import Service
 from memos_vllm.control.sql import Prepared, one_of
@@ -58,6 +59,7 @@ class IndexService(Service):
             rows = session.scalars(select(IndexRow).order_by(IndexRow.created_at, IndexRow.name))
             return [_progress(row) for row in rows]
 
+    @repeatable
     def start_index(self, name: str, *, embedder: str, dimension: int, anew: bool) -> IndexProgress:
         """Make a collection known, or learn where it stands.
 
@@ -81,6 +83,7 @@ class IndexService(Service):
                 session.flush()
             return _progress(row)
 
+    @repeatable
     def forget_index(self, name: str) -> None:
         """A collection is gone: nothing waits for it, and vectors of its embedder are dropped."""
         with self._catalog.write() as session:
@@ -196,6 +199,7 @@ class IndexService(Service):
                 for row in rows
             ]
 
+    @repeatable
     def keep_derived(self, derived: Sequence[DerivedMemory], *, embedder: str) -> None:
         """Keep vectors and entities; of memories that are gone by now nothing is kept."""
         if not derived:
@@ -213,6 +217,7 @@ class IndexService(Service):
                 [item for item in derived if item.seq in alive and item.entities is not None],
             )
 
+    @repeatable
     def advance_index(
         self, name: str, *, applied: int | None = None, walked: int | None = None
     ) -> None:
@@ -230,6 +235,7 @@ class IndexService(Service):
             session.flush()
             _prune(session)
 
+    @repeatable
     def end_walk(self, name: str) -> None:
         """A collection's first walk is over: it may answer searches. Raises NotFound."""
         with self._catalog.write() as session:
@@ -261,6 +267,7 @@ class IndexService(Service):
             rows = statement.rows(session, asked)
         return IndexBacklog(*rows[0]) if rows else IndexBacklog(0, 0)
 
+    @exactly_once
     def queue_reindex(self, actor: Principal, cube_id: str) -> Job:
         """Queue a job that has the index take in a cube again; one that waits is used again.
 
@@ -281,6 +288,7 @@ class IndexService(Service):
             )
             return to_job(row)
 
+    @repeatable
     def reindex_cube(self, actor: Principal, cube_id: str) -> int:
         """Have the index drop a cube and take in each of its memories again.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, Select, or_, select, true, union_all
 from sqlalchemy.orm import Session
 
-from memos_vllm.control.access import cubes_for, open_cube, require_id
-from memos_vllm.control.paging import check_limit, cut, number_key
+from memos_vllm.control.access import cubes_for, listing_of, open_cube, require_id
+from memos_vllm.control.calls import exactly_once, repeatable
+from memos_vllm.control.paging import check_limit, cut, number_key, sealed_number
 from memos_vllm.control.service import Service
 from memos_vllm.control.tables import CubeRow, JobRow
 from memos_vllm.control.views import to_job
@@ -19,6 +21,8 @@ from memos_vllm.domain.page import Page
 from memos_vllm.errors import Conflict, NotFound
 
 MAX_ATTEMPTS = 5
+# Whatever is down will be up again, and then what was to be removed must still go.
+NEVER_GIVEN_UP = frozenset({JobKind.ERASE})
 _LISTING = "jobs"
 
 
@@ -46,11 +50,13 @@ class JobService(Service):
             InvalidRequest: limit or cursor.
         """
         check_limit(limit)
-        before = number_key(_LISTING, cursor)
+        listing = _LISTING if cube_id is None else listing_of(_LISTING, cube_id)
+        secret = self._catalog.secret
+        before = number_key(listing, cursor, secret=secret)
         wanted = (
             select(JobRow)
             .join(CubeRow, CubeRow.id == JobRow.cube_id)
-            .where(cubes_for(actor, Access.READ))
+            .where(cubes_for(actor, Access.READ), _seen_by(actor))
             .order_by(JobRow.seq.desc())
             .limit(limit + 1)
         )
@@ -65,17 +71,18 @@ class JobService(Service):
             rows, next_cursor = cut(
                 session.scalars(wanted).all(),
                 limit=limit,
-                listing=_LISTING,
-                key=lambda row: row.seq,
+                listing=listing,
+                key=lambda row: sealed_number(listing, row.seq, secret=secret),
             )
             return Page([to_job(row) for row in rows], next_cursor)
 
+    @exactly_once
     def cancel_job(self, actor: Principal, job_id: str) -> Job:
         """Cancel a job; a worker that runs it learns so from `renew_job`.
 
         Raises:
             NotFound.
-            Conflict: it has succeeded or failed. Cancelling twice is no error.
+            Conflict: it has succeeded or failed, or is an erasure. Cancelling twice is no error.
         """
         now = self._clock()
         with self._catalog.write() as session:
@@ -84,28 +91,37 @@ class JobService(Service):
                 return to_job(row)
             if row.state.finished:
                 raise Conflict(f"job '{row.id}' has {row.state.value} already")
+            if row.kind is JobKind.ERASE:
+                raise Conflict("an erasure cannot be cancelled: the text is gone already")
             _close(row, JobState.CANCELLED, message="cancelled", error=None, at=now)
             self._log(session, actor, "job.cancel", cube_id=row.cube_id, subject=row.id, at=now)
             return to_job(row)
 
-    def claim_job(self, owner: str, *, lease_seconds: float) -> Job | None:
+    @repeatable
+    def claim_job(
+        self, owner: str, *, lease_seconds: float, kinds: Collection[JobKind] | None = None
+    ) -> Job | None:
         """Take the oldest job that is queued or whose lease ran out; None when there is none.
 
         Of several processes that ask at once only one gets a job. A job that was claimed
-        `MAX_ATTEMPTS` times without an end fails instead.
+        `MAX_ATTEMPTS` times without an end fails instead; an erasure does not.
 
         Args:
             owner: names this worker among all workers.
+            kinds: those that it does; None for all.
         """
+        wanted = true() if kinds is None else JobRow.kind.in_(kinds)
         with self._catalog.read() as session:
             # Most calls find nothing, and then need no write lock.
-            if session.scalar(select(JobRow.seq).where(_claimable(self._clock())).limit(1)) is None:
+            if session.scalar(_oldest_claimable(self._clock(), wanted)) is None:
                 return None
         with self._catalog.write() as session:
             now = self._clock()
-            waiting = select(JobRow).where(_claimable(now)).order_by(JobRow.seq)
-            for row in session.scalars(waiting).all():
-                if row.attempts >= MAX_ATTEMPTS:
+            # One at a time: there may be as many as there are cubes.
+            oldest = _oldest_claimable(now, wanted).scalar_subquery()
+            waiting = select(JobRow).where(JobRow.seq == oldest)
+            while (row := session.scalar(waiting)) is not None:
+                if row.attempts >= MAX_ATTEMPTS and row.kind not in NEVER_GIVEN_UP:
                     self._give_up(session, row, at=now)
                     continue
                 row.state = JobState.RUNNING
@@ -116,6 +132,7 @@ class JobService(Service):
                 return to_job(row)
         return None
 
+    @repeatable
     def renew_job(
         self,
         job_id: str,
@@ -133,7 +150,7 @@ class JobService(Service):
         """
         now = self._clock()
         with self._catalog.write() as session:
-            row = _owned(session, job_id, owner)
+            row = owned_job(session, job_id, owner)
             if row is None:
                 return False
             row.lease_until = now + timedelta(seconds=lease_seconds)
@@ -142,6 +159,7 @@ class JobService(Service):
             row.updated_at = now
             return True
 
+    @exactly_once
     def finish_job(
         self,
         job_id: str,
@@ -162,7 +180,7 @@ class JobService(Service):
         assert state.finished, "a job ends as succeeded, failed or cancelled"
         now = self._clock()
         with self._catalog.write() as session:
-            row = _owned(session, job_id, owner)
+            row = owned_job(session, job_id, owner)
             if row is None:
                 return False
             _close(row, state, message=message, error=error, at=now)
@@ -246,6 +264,7 @@ def add_job(
         lease_owner=None,
         lease_until=None,
         attempts=0,
+        proofs=None,
     )
     session.add(row)
     session.flush()
@@ -257,21 +276,40 @@ def _open_job(session: Session, actor: Principal, job_id: str, access: Access) -
     row = session.scalar(
         select(JobRow)
         .join(CubeRow, CubeRow.id == JobRow.cube_id)
-        .where(JobRow.id == job_id, cubes_for(actor, access))
+        .where(JobRow.id == job_id, cubes_for(actor, access), _seen_by(actor))
     )
     if row is None:
         raise NotFound("job", job_id)
     return row
 
 
-def _claimable(now: datetime) -> ColumnElement[bool]:
+def _seen_by(actor: Principal) -> ColumnElement[bool]:
+    """Condition on `JobRow` and its cube: what it says of its work is for the actor, too.
+
+    A job that reads what was said, or erases it, may work on what is under a label: it is for who
+    asked for it, and for owners.
+    """
     return or_(
-        JobRow.state == JobState.QUEUED,
-        and_(JobRow.state == JobState.RUNNING, JobRow.lease_until <= now),
+        JobRow.kind.not_in((JobKind.EXTRACT, JobKind.ERASE)),
+        JobRow.created_by == actor.id,
+        cubes_for(actor, Access.MANAGE),
     )
 
 
-def _owned(session: Session, job_id: str, owner: str) -> JobRow | None:
+def _oldest_claimable(now: datetime, wanted: ColumnElement[bool]) -> Select[int]:
+    """The first of the wanted that is queued, or whose lease ran out: each by an index, in its
+    order."""
+    queued = select(JobRow.seq).where(JobRow.state == JobState.QUEUED, wanted)
+    lapsed = select(JobRow.seq).where(
+        JobRow.state == JobState.RUNNING, JobRow.lease_until <= now, wanted
+    )
+    first = (one.order_by(JobRow.seq).limit(1).subquery() for one in (queued, lapsed))
+    oldest = union_all(*(select(one.c.seq) for one in first)).subquery()
+    return select(oldest.c.seq).order_by(oldest.c.seq).limit(1)
+
+
+def owned_job(session: Session, job_id: str, owner: str) -> JobRow | None:
+    """The job, as long as this worker has it."""
     return session.scalar(
         select(JobRow).where(
             JobRow.id == job_id,

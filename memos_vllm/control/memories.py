@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from memos_vllm.control.access import OpenCube, open_cube, open_memory, visible
-from memos_vllm.control.composition import mark_stale
+from memos_vllm.control.access import OpenCube, listing_of, open_cube, open_memory, visible
+from memos_vllm.control.calls import exactly_once
+from memos_vllm.control.composition import in_state, mark_stale
+from memos_vllm.control.document_rows import withhold_headings
 from memos_vllm.control.memory_writes import (
     apply_patch,
     insert_memories,
@@ -17,19 +21,18 @@ from memos_vllm.control.memory_writes import (
     replace_edges,
     replace_words,
 )
-from memos_vllm.control.paging import check_limit, cut, number_key
+from memos_vllm.control.paging import check_limit, cut, number_key, sealed_number
 from memos_vllm.control.service import Service, bump, check_version
 from memos_vllm.control.tables import (
     LineageRow,
     MemoryRow,
     MemoryTagRow,
     MemoryVersionRow,
-    Relation,
 )
-from memos_vllm.control.views import load_memories, to_version
+from memos_vllm.control.views import load_history, load_memories
 from memos_vllm.domain.access import Access, Principal
 from memos_vllm.domain.checks import JsonObject, check_line
-from memos_vllm.domain.lifecycle import Verb, move
+from memos_vllm.domain.lifecycle import Verb, has_expired, move, state_at
 from memos_vllm.domain.memory import (
     Memory,
     MemoryChange,
@@ -37,6 +40,7 @@ from memos_vllm.domain.memory import (
     MemoryState,
     MemoryVersion,
     NewMemory,
+    Relation,
     Tier,
     checked_batch,
     checked_patch,
@@ -52,6 +56,7 @@ _LISTING = "memories"
 class MemoryService(Service):
     """The memories' part of `Mos`."""
 
+    @exactly_once
     def add_memories(
         self,
         actor: Principal,
@@ -93,7 +98,7 @@ class MemoryService(Service):
                 details={"memories": [row.id for row in rows], "version": cube.row.version},
                 at=now,
             )
-            return load_memories(session, cube, rows)
+            return [_as_of(memory, now) for memory in load_memories(session, cube, rows)]
 
     def list_memories(
         self,
@@ -115,10 +120,12 @@ class MemoryService(Service):
             NotFound, InvalidRequest.
         """
         check_limit(limit)
-        after = number_key(_LISTING, cursor)
+        listing, secret = listing_of(_LISTING, cube_id), self._catalog.secret
+        after = number_key(listing, cursor, secret=secret)
+        now = self._clock()
         wanted = select(MemoryRow).order_by(MemoryRow.seq).limit(limit + 1)
         if state is not None:
-            wanted = wanted.where(MemoryRow.state == state)
+            wanted = wanted.where(in_state(state, now))
         if tier is not None:
             wanted = wanted.where(MemoryRow.tier == tier)
         if query is not None:
@@ -137,19 +144,23 @@ class MemoryService(Service):
             rows, next_cursor = cut(
                 session.scalars(wanted.where(visible(cube))).all(),
                 limit=limit,
-                listing=_LISTING,
-                key=lambda row: row.seq,
+                listing=listing,
+                key=lambda row: sealed_number(listing, row.seq, secret=secret),
             )
-            return Page(load_memories(session, cube, rows), next_cursor)
+            found = [_as_of(memory, now) for memory in load_memories(session, cube, rows)]
+        self._note_read(actor.id, cube_id, found)
+        return Page(found, next_cursor)
 
     def get_memory(self, actor: Principal, cube_id: str, memory_id: str) -> Memory:
         """The memory; raises NotFound."""
         with self._catalog.read() as session:
             cube = open_cube(session, actor, cube_id, Access.READ)
-            return _load(session, cube, open_memory(session, cube, memory_id))
+            found = _load(session, cube, open_memory(session, cube, memory_id))
+        self._note_read(actor.id, cube_id, [found])
+        return _as_of(found, self._clock())
 
     def memory_history(self, actor: Principal, cube_id: str, memory_id: str) -> list[MemoryVersion]:
-        """Every version, oldest first; raises NotFound."""
+        """Every version that the actor may see, oldest first; raises NotFound."""
         with self._catalog.read() as session:
             cube = open_cube(session, actor, cube_id, Access.READ)
             row = open_memory(session, cube, memory_id)
@@ -158,8 +169,11 @@ class MemoryService(Service):
                 .where(MemoryVersionRow.memory_seq == row.seq)
                 .order_by(MemoryVersionRow.version)
             )
-            return [to_version(row.id, version) for version in versions]
+            found = load_history(session, cube, row.id, versions.all())
+        self._note_read(actor.id, cube_id, found)
+        return found
 
+    @exactly_once
     def update_memory(
         self,
         actor: Principal,
@@ -184,10 +198,17 @@ class MemoryService(Service):
             cube = open_cube(session, actor, cube_id, Access.WRITE)
             row = open_memory(session, cube, memory_id)
             check_version(expected=if_match, found=row.version)
-            move(row.state, Verb.EDIT, memory_id=row.id)
+            move(
+                row.state,
+                Verb.EDIT,
+                memory_id=row.id,
+                expires_at=row.expires_at,
+                now=self._clock(),
+            )
             before = _load(session, cube, row)
             changed = apply_patch(row, checked, edges=before.edges)
             if not changed:
+                self._log_read(session, actor.id, cube.cube_id, [before])
                 return before
             if checked.edges is not UNSET and "edges" in changed:
                 replace_edges(session, cube, row, checked.edges)
@@ -206,8 +227,22 @@ class MemoryService(Service):
                 details={"fields": changed},
                 rescope=relabelled,
             )
+            if relabelled:
+                document = withhold_headings(session, cube, row)
+                if document is not None:
+                    self._keep_version(
+                        session,
+                        actor,
+                        cube,
+                        document,
+                        MemoryChange.EDITED,
+                        reason=None,
+                        details={"fields": ["text"]},
+                        rescope=False,
+                    )
             return _load(session, cube, row)
 
+    @exactly_once
     def archive_memory(
         self,
         actor: Principal,
@@ -225,6 +260,7 @@ class MemoryService(Service):
         """
         return self._move(actor, cube_id, memory_id, Verb.ARCHIVE, if_match=if_match, reason=reason)
 
+    @exactly_once
     def restore_memory(
         self,
         actor: Principal,
@@ -235,6 +271,8 @@ class MemoryService(Service):
         reason: str | None = None,
     ) -> Memory:
         """Make an archived or merged memory active again, in the tier that it had.
+
+        One that has expired does not expire any more.
 
         Raises:
             NotFound, StaleVersion.
@@ -253,6 +291,7 @@ class MemoryService(Service):
         reason: str | None,
     ) -> Memory:
         validate_reason(reason)
+        now = self._clock()
         with self._catalog.write() as session:
             cube = open_cube(session, actor, cube_id, Access.WRITE)
             row = open_memory(session, cube, memory_id)
@@ -264,7 +303,9 @@ class MemoryService(Service):
                         LineageRow.relation == Relation.MERGED_INTO,
                     )
                 )
-            row.state = move(row.state, verb, memory_id=row.id)
+            row.state = move(row.state, verb, memory_id=row.id, expires_at=row.expires_at, now=now)
+            if verb is Verb.RESTORE and has_expired(row.expires_at, now=now):
+                row.expires_at = None
             self._keep_version(
                 session,
                 actor,
@@ -312,6 +353,12 @@ _ACTIONS = {
     MemoryChange.ARCHIVED: "memory.archive",
     MemoryChange.RESTORED: "memory.restore",
 }
+
+
+def _as_of(memory: Memory, now: datetime) -> Memory:
+    """The memory in the state that it is in now, whatever is written down yet."""
+    state = state_at(memory.state, memory.expires_at, now=now)
+    return memory if state is memory.state else replace(memory, state=state)
 
 
 def _load(session: Session, cube: OpenCube, row: MemoryRow) -> Memory:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, insert
+from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from memos_vllm.control.access import OpenCube, open_memories
+from memos_vllm.control.access import OpenCube, open_memories, require_labels, visible
 from memos_vllm.control.batches import in_parts
 from memos_vllm.control.composition import mark_stale
 from memos_vllm.control.indexing import note_changed
@@ -20,7 +21,6 @@ from memos_vllm.control.tables import (
     MemoryRow,
     MemoryTagRow,
     MemoryVersionRow,
-    Relation,
 )
 from memos_vllm.control.views import source_to_json
 from memos_vllm.domain.access import Principal
@@ -30,6 +30,7 @@ from memos_vllm.domain.memory import (
     MemoryPatch,
     MemoryState,
     NewMemory,
+    Relation,
     Source,
     Tier,
 )
@@ -53,7 +54,10 @@ def insert_memories(
 
     Raises:
         NotFound: the target of an edge.
+        InvalidRequest: a label that the actor does not hold.
     """
+    for memory in batch:
+        require_labels(cube, memory.labels)
     rows = [
         MemoryRow(
             id=memory_id,
@@ -139,14 +143,23 @@ def apply_patch(row: MemoryRow, patch: MemoryPatch, *, edges: tuple[Edge, ...]) 
 def replace_edges(
     session: Session, cube: OpenCube, row: MemoryRow, edges: tuple[Edge, ...]
 ) -> None:
-    """Give the memory these edges and no others; raises NotFound, InvalidRequest."""
-    session.execute(delete(EdgeRow).where(EdgeRow.memory_seq == row.seq))
+    """Give the memory these edges and no others, but for those to what the actor may not see.
+
+    Raises NotFound, InvalidRequest.
+    """
+    seen = select(MemoryRow.seq).where(visible(cube))
+    session.execute(
+        delete(EdgeRow).where(EdgeRow.memory_seq == row.seq, EdgeRow.target_seq.in_(seen))
+    )
     _insert_edges(session, cube, [(row, edges)])
 
 
-def insert_lineage(session: Session, lines: Iterable[tuple[int, Relation, int]]) -> None:
-    """Put lines of lineage down that are not there yet: of whom, how, and to whom."""
-    _insert(
+def insert_lineage(session: Session, lines: Sequence[tuple[int, Relation, int]]) -> None:
+    """Put lines of lineage down that are not there yet: of whom, how, and to whom.
+
+    The newest version of each memory keeps them, too, for its history.
+    """
+    insert_rows(
         session,
         LineageRow,
         [
@@ -154,6 +167,30 @@ def insert_lineage(session: Session, lines: Iterable[tuple[int, Relation, int]])
             for seq, relation, target in lines
         ],
     )
+    targets = {target for _, _, target in lines}
+    ids = {
+        seq: memory_id
+        for part in in_parts(targets)
+        for seq, memory_id in session.execute(
+            select(MemoryRow.seq, MemoryRow.id).where(MemoryRow.seq.in_(part))
+        )
+    }
+    by_memory: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for seq, relation, target in lines:
+        by_memory[seq][relation.value].append(ids[target])
+    for seq, new in by_memory.items():
+        newest = session.scalars(
+            select(MemoryVersionRow)
+            .where(MemoryVersionRow.memory_seq == seq)
+            .order_by(MemoryVersionRow.version.desc())
+            .limit(1)
+        ).one()
+        known = newest.lineage or {}
+        newest.lineage = {
+            relation: [*known.get(relation, ()), *new.get(relation, ())]
+            for relation in {**known, **new}
+        }
+    session.flush()
 
 
 def replace_words(session: Session, rows: Sequence[MemoryRow]) -> None:
@@ -165,9 +202,15 @@ def replace_words(session: Session, rows: Sequence[MemoryRow]) -> None:
 
 
 def relabel(session: Session, cube: OpenCube, rows: Sequence[MemoryRow]) -> None:
-    """Other labels, another epoch: no KV made before is reachable; labelled text stays text."""
+    """Other labels, another epoch: no KV made before is reachable; labelled text stays text.
+
+    Raises:
+        InvalidRequest: a label that the actor does not hold.
+    """
     if not rows:
         return
+    for row in rows:
+        require_labels(cube, row.labels)
     cube.row.epoch += 1
     mark_stale(session, cube.row.id)
     for row in rows:
@@ -175,7 +218,8 @@ def relabel(session: Session, cube: OpenCube, rows: Sequence[MemoryRow]) -> None
             row.tier, row.position = Tier.PLAINTEXT, 0
 
 
-def _insert(session: Session, table: type[object], values: list[Values]) -> None:
+def insert_rows(session: Session, table: type[object], values: list[Values]) -> None:
+    """Insert in one statement; none when there is nothing."""
     if values:
         session.execute(insert(table), values)
 
@@ -207,7 +251,7 @@ def _insert_versions(
         }
         for row in rows
     ]
-    _insert(session, MemoryVersionRow, values)
+    insert_rows(session, MemoryVersionRow, values)
 
 
 def _insert_words(session: Session, rows: Iterable[MemoryRow]) -> None:
@@ -216,8 +260,8 @@ def _insert_words(session: Session, rows: Iterable[MemoryRow]) -> None:
     for row in rows:
         tags += [{"cube_id": row.cube_id, "tag": tag, "memory_seq": row.seq} for tag in row.tags]
         labels += [{"memory_seq": row.seq, "label": label} for label in row.labels]
-    _insert(session, MemoryTagRow, tags)
-    _insert(session, MemoryLabelRow, labels)
+    insert_rows(session, MemoryTagRow, tags)
+    insert_rows(session, MemoryLabelRow, labels)
 
 
 def _insert_edges(
@@ -240,4 +284,4 @@ def _insert_edges(
             }
             for rank, edge in enumerate(edges)
         ]
-    _insert(session, EdgeRow, values)
+    insert_rows(session, EdgeRow, values)

@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memos_vllm.control.access import open_cube, open_memories
+from memos_vllm.control.calls import exactly_once
 from memos_vllm.control.composition import mark_stale
 from memos_vllm.control.memory_writes import insert_lineage, insert_memories, record_versions
 from memos_vllm.control.service import Service, bump
-from memos_vllm.control.tables import Relation
 from memos_vllm.control.views import load_memories
 from memos_vllm.domain.access import Access, Principal
 from memos_vllm.domain.lifecycle import Verb, move
-from memos_vllm.domain.memory import Memory, MemoryChange, checked_batch, validate_reason
+from memos_vllm.domain.memory import (
+    Memory,
+    MemoryChange,
+    Relation,
+    checked_batch,
+    validate_reason,
+)
 from memos_vllm.domain.merge import check_parents, merged
 
 
 class MergeService(Service):
     """The merge's part of `Mos`."""
 
+    @exactly_once
     def merge_memories(
         self,
         actor: Principal,
@@ -31,7 +38,8 @@ class MergeService(Service):
         """Put one new memory in the place of several; all in one transaction.
 
         The parents become `merged` and keep their text, history and labels; each leads to the new
-        memory, which is derived from all of them. Restoring a parent takes it out again.
+        memory, which is derived from all of them. Restoring a parent takes it out again. A parent
+        under fewer labels than the new one does not keep the reason.
 
         Args:
             text: what the new memory says; the parents' texts, one below the other, when absent.
@@ -50,7 +58,9 @@ class MergeService(Service):
             cube = open_cube(session, actor, cube_id, Access.WRITE)
             rows = open_memories(session, cube, list(memory_ids))
             for row in rows:
-                row.state = move(row.state, Verb.MERGE, memory_id=row.id)
+                row.state = move(
+                    row.state, Verb.MERGE, memory_id=row.id, expires_at=row.expires_at, now=now
+                )
             parents = load_memories(session, cube, rows)
             batch = checked_batch([merged(parents, text=text)])
             (new,) = insert_memories(
@@ -62,11 +72,19 @@ class MergeService(Service):
                 reason=reason,
                 at=now,
             )
+            for row in rows:
+                record_versions(
+                    session,
+                    cube,
+                    [row],
+                    MemoryChange.MERGED,
+                    actor=actor,
+                    # Why things under a label became one may say what they are.
+                    reason=reason if set(row.labels) == set(new.labels) else None,
+                    at=now,
+                )
             insert_lineage(session, [(row.seq, Relation.MERGED_INTO, new.seq) for row in rows])
             insert_lineage(session, [(new.seq, Relation.DERIVED_FROM, row.seq) for row in rows])
-            record_versions(
-                session, cube, rows, MemoryChange.MERGED, actor=actor, reason=reason, at=now
-            )
             mark_stale(session, cube.row.id, memory_seqs=[row.seq for row in rows])
             bump(cube.row, at=now)
             self._log(

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from memos_vllm.errors import ConfigurationError
 
 # Newest script in migrations/versions; a test holds it to what alembic finds there.
-HEAD = "0003"
+HEAD = "0008"
 
 _SCRIPTS = Path(__file__).parent / "migrations"
 # Any constant: it names this lock among PostgreSQL's advisory locks.

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     CompoundSelect,
+    CursorResult,
     Dialect,
     Select,
     Text,
@@ -21,7 +22,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 
 class Prepared:
@@ -44,24 +45,28 @@ class Prepared:
         made = self._made.get(dialect.name)
         if made is None:
             made = self._made[dialect.name] = _Made.of(self._statement, dialect)
-        found = connection.exec_driver_sql(made.sql, made.given(parameters)).all()
-        return made.read(found)
+        return made.read(connection.exec_driver_sql(made.sql, made.given(parameters)))
 
     def values(self, session: Session, parameters: Mapping[str, Any]) -> list[Any]:
         """The first column of its rows."""
         return [row[0] for row in self.rows(session, parameters)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Made:
-    """A statement in a driver's words, and how values go in and come out."""
+    """A statement in a driver's words, and how values go in and come out.
+
+    How they come out may hang on what the database calls their types: see `read`.
+    """
 
     sql: str
     names: Sequence[str]
     positional: bool
     fixed: Mapping[str, Any]
     into: Mapping[str, Callable[[Any], Any]]
-    out: Sequence[tuple[int, Callable[[Any], Any]]]
+    dialect: Dialect
+    types: Sequence[TypeEngine[Any]]
+    out: Sequence[tuple[int, Callable[[Any], Any]]] | None = None
 
     @classmethod
     def of(
@@ -75,17 +80,14 @@ class _Made:
             name: bound.type.dialect_impl(dialect).bind_processor(dialect)
             for name, bound in compiled.binds.items()
         }
-        out = (
-            column.type.dialect_impl(dialect).result_processor(dialect, None)
-            for column in statement.selected_columns
-        )
         return cls(
             sql=str(compiled),
             names=compiled.positiontup or list(compiled.binds),
             positional=compiled.positiontup is not None,
             fixed={name: b.value for name, b in compiled.binds.items() if not b.required},
             into={name: change for name, change in into.items() if change is not None},
-            out=[(place, change) for place, change in enumerate(out) if change is not None],
+            dialect=dialect,
+            types=[column.type.dialect_impl(dialect) for column in statement.selected_columns],
         )
 
     def given(self, parameters: Mapping[str, Any]) -> tuple[Any, ...] | dict[str, Any]:
@@ -93,7 +95,15 @@ class _Made:
         changed = {name: self._changed(name, values[name]) for name in self.names}
         return tuple(map(changed.__getitem__, self.names)) if self.positional else changed
 
-    def read(self, found: Sequence[Any]) -> list[tuple[Any, ...]]:
+    def read(self, result: CursorResult[Any]) -> list[tuple[Any, ...]]:
+        if self.out is None:
+            assert result.cursor is not None
+            changes = (
+                kind.result_processor(self.dialect, column[1])
+                for kind, column in zip(self.types, result.cursor.description, strict=True)
+            )
+            self.out = [(place, one) for place, one in enumerate(changes) if one is not None]
+        found = result.all()
         if not self.out:
             return list(map(tuple, found))
         rows = []

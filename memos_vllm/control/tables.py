@@ -1,6 +1,7 @@
 """The catalog's tables, as typed SQLAlchemy models.
 
-    principals ─┬─ grants ─┐
+    principals ─┬─ api_keys
+                ├─ grants ─┐
                 └──────────┴─ cubes ─┬─ memories ─┬─ memory_versions
                                      │            ├─ memory_tags, memory_labels, memory_usage
                                      │            ├─ edges, memory_lineage    (memory to memory)
@@ -12,6 +13,7 @@
                                      └─ cube_usage
     retired_cubes   audit, audit_head   idempotency        (outlive what they speak of)
     catalog_identity                                       (one row: which catalog this is)
+    import_chunks                                          (archives on their way to be cubes)
     index_outbox    indexes                                (what the search index has to follow)
 
 Deleting a cube or a memory takes its dependants along through foreign keys. Tags and labels are
@@ -40,6 +42,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -47,7 +50,7 @@ from sqlalchemy.types import TypeDecorator
 from memos_vllm.domain.access import PrincipalKind, Role
 from memos_vllm.domain.artifact import ActivationState
 from memos_vllm.domain.job import JobKind, JobState
-from memos_vllm.domain.memory import MemoryChange, MemoryState, Tier
+from memos_vllm.domain.memory import MemoryChange, MemoryState, Relation, Tier
 
 Kind = TypeVar("Kind", bound=StrEnum)
 
@@ -110,7 +113,7 @@ def _cube() -> Any:
 
 
 class PrincipalRow(Base):
-    """Someone who asks; keys come with the control plane."""
+    """Someone who asks: made by their first key, cube or grant."""
 
     __tablename__ = "principals"
 
@@ -122,6 +125,22 @@ class PrincipalRow(Base):
     disabled_at: Mapped[datetime | None]
 
 
+class KeyRow(Base):
+    """An API key, known by its digest. Never deleted: that one was made closes the server."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    principal_id: Mapped[str] = mapped_column(ForeignKey("principals.id"), index=True)
+    prefix: Mapped[str] = mapped_column(String(16), unique=True)
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32), unique=True)
+    created_at: Mapped[datetime]
+    created_by: Mapped[str] = mapped_column(String(64))
+    last_used_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
 class CubeRow(Base):
     """A cube.
 
@@ -130,13 +149,14 @@ class CubeRow(Base):
     """
 
     __tablename__ = "cubes"
+    __table_args__ = (Index(None, "owner", "id"),)
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
     description: Mapped[str] = mapped_column(Text)
     preamble: Mapped[str] = mapped_column(Text)
     labels: Mapped[list[str]] = mapped_column(Json)
-    owner: Mapped[str] = mapped_column(ForeignKey("principals.id"), index=True)
+    owner: Mapped[str] = mapped_column(ForeignKey("principals.id"))
     version: Mapped[int] = mapped_column(BigInteger)
     epoch: Mapped[int] = mapped_column(BigInteger)
     scope_version: Mapped[int] = mapped_column(BigInteger)
@@ -162,10 +182,11 @@ class GrantRow(Base):
     """A principal's role on a cube, and the labels it may see there."""
 
     __tablename__ = "grants"
+    __table_args__ = (Index(None, "principal_id", "cube_id"),)
 
     cube_id: Mapped[str] = mapped_column(_cube(), primary_key=True)
     principal_id: Mapped[str] = mapped_column(
-        ForeignKey("principals.id", ondelete="CASCADE"), primary_key=True, index=True
+        ForeignKey("principals.id", ondelete="CASCADE"), primary_key=True
     )
     role: Mapped[Role] = mapped_column(word(Role))
     labels: Mapped[list[str]] = mapped_column(Json)
@@ -181,6 +202,13 @@ class MemoryRow(Base):
         UniqueConstraint("id"),
         Index(None, "cube_id", "seq"),
         Index(None, "cube_id", "state", "tier"),
+        Index(
+            None,
+            "state",
+            "expires_at",
+            sqlite_where=text("expires_at IS NOT NULL"),
+            postgresql_where=text("expires_at IS NOT NULL"),
+        ),
     )
 
     seq: Mapped[int] = mapped_column(Serial, primary_key=True)
@@ -203,7 +231,10 @@ class MemoryRow(Base):
 
 
 class MemoryVersionRow(Base):
-    """A memory as it was after one change, with who, when and why."""
+    """A memory as it was after one change, with who, when, why and from what.
+
+    `lineage` holds ids by relation: what this change made it stem from, or go into.
+    """
 
     __tablename__ = "memory_versions"
 
@@ -218,6 +249,7 @@ class MemoryVersionRow(Base):
     expires_at: Mapped[datetime | None]
     change: Mapped[MemoryChange] = mapped_column(word(MemoryChange))
     reason: Mapped[str | None] = mapped_column(Text)
+    lineage: Mapped[dict[str, list[str]] | None] = mapped_column(Json)
     changed_by: Mapped[str] = mapped_column(String(64))
     changed_at: Mapped[datetime]
 
@@ -261,14 +293,6 @@ class EdgeRow(Base):
     target_seq: Mapped[int] = mapped_column(_memory(), primary_key=True, index=True)
     weight: Mapped[float] = mapped_column(Float)
     rank: Mapped[int] = mapped_column(Integer)
-
-
-class Relation(StrEnum):
-    """How a memory stems from another."""
-
-    DERIVED_FROM = "derived_from"
-    MERGED_INTO = "merged_into"
-    SUPERSEDES = "supersedes"
 
 
 class LineageRow(Base):
@@ -366,12 +390,18 @@ class ChunkRow(Base):
 
 
 class ChatSessionRow(Base):
-    """A conversation whose turns are memories; the next turn is linked to its last one."""
+    """A conversation whose turns are memories; the next turn is linked to its last one.
+
+    Turns under different labels are counted apart, so that no number tells of what is hidden.
+    `label_set` is a digest of `labels`, empty without any.
+    """
 
     __tablename__ = "chat_sessions"
 
     cube_id: Mapped[str] = mapped_column(_cube(), primary_key=True)
     session_id: Mapped[str] = mapped_column(String(256), primary_key=True)
+    label_set: Mapped[str] = mapped_column(String(64), primary_key=True, default="")
+    labels: Mapped[list[str]] = mapped_column(Json, default=list)
     turns: Mapped[int] = mapped_column(Integer)
     last_memory_seq: Mapped[int | None] = mapped_column(
         ForeignKey("memories.seq", ondelete="SET NULL"), index=True
@@ -409,7 +439,10 @@ class ArtifactMemoryRow(Base):
 
 
 class JobRow(Base):
-    """Work under a lease; `seq` is the order in which jobs were queued."""
+    """Work under a lease; `seq` is the order in which jobs were queued.
+
+    `proofs` of an erase job say what is known to be gone.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (UniqueConstraint("id"), Index(None, "state", "seq"))
@@ -429,6 +462,7 @@ class JobRow(Base):
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     lease_until: Mapped[datetime | None]
     attempts: Mapped[int] = mapped_column(Integer)
+    proofs: Mapped[list[dict[str, Any]] | None] = mapped_column(Json)
 
 
 class CubeUsageRow(Base):
@@ -449,7 +483,11 @@ class AuditRow(Base):
     """One change. Text columns hold exactly the characters that were hashed."""
 
     __tablename__ = "audit"
-    __table_args__ = (Index(None, "cube_id", "seq"),)
+    __table_args__ = (
+        Index(None, "cube_id", "seq"),
+        Index(None, "actor", "seq"),
+        Index(None, "action", "seq"),
+    )
 
     seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=False)
     at: Mapped[str] = mapped_column(String(40))
@@ -473,12 +511,28 @@ class AuditHeadRow(Base):
 
 
 class IdentityRow(Base):
-    """The one row that names this catalog among others, drawn at random when it was made."""
+    """The one row that names this catalog among others, drawn at random when it was made.
+
+    `secret` is known to nobody else: cursors are sealed with it.
+    """
 
     __tablename__ = "catalog_identity"
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     uid: Mapped[str] = mapped_column(String(32))
+    secret: Mapped[str | None] = mapped_column(String(64))
+
+
+class ImportChunkRow(Base):
+    """Lines of an archive that is being taken in, in order; gone once it is a cube."""
+
+    __tablename__ = "import_chunks"
+
+    import_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    seq: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    part: Mapped[str] = mapped_column(String(16))
+    lines: Mapped[bytes] = mapped_column(LargeBinary)
+    staged_at: Mapped[datetime] = mapped_column(index=True)
 
 
 class IdempotencyRow(Base):

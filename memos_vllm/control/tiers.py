@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, open_cube, open_memories, visible
+from memos_vllm.control.calls import exactly_once
 from memos_vllm.control.composition import bakeable, in_prefix, mark_stale, next_position
 from memos_vllm.control.indexing import note_changed
 from memos_vllm.control.jobs import add_job, queue_job
@@ -31,6 +32,7 @@ _NO_ADAPTERS = (
 class TierService(Service):
     """The tiers' part of `Mos`."""
 
+    @exactly_once
     def promote(
         self,
         actor: Principal,
@@ -78,6 +80,7 @@ class TierService(Service):
                 note_changed(session, cube.row.id, [row.seq for row in moved])
             return self._bake(session, actor, cube, "promote", moved, at=now)
 
+    @exactly_once
     def demote(
         self,
         actor: Principal,
@@ -203,15 +206,13 @@ def _all_of_tier(session: Session, cube: OpenCube, tier: Tier) -> Sequence[Memor
 
 
 def _check_promotable(row: MemoryRow, *, now: datetime) -> None:
-    move(row.state, Verb.PROMOTE, memory_id=row.id)
+    move(row.state, Verb.PROMOTE, memory_id=row.id, expires_at=row.expires_at, now=now)
     if row.labels:
         raise InvalidRequest(
             f"memory '{row.id}' has labels, and a labelled memory stays plaintext; "
             "remove its labels or leave it out",
             param="memory_ids",
         )
-    if row.expires_at is not None and row.expires_at <= now:
-        raise Conflict(f"memory '{row.id}' has expired; give it a later expires_at first")
 
 
 def _set_tier(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import hashlib
+import itertools
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, open_cube
+from memos_vllm.control.calls import exactly_once
 from memos_vllm.control.jobs import add_job
 from memos_vllm.control.memory_writes import insert_memories
 from memos_vllm.control.service import Service, bump
@@ -24,6 +28,7 @@ from memos_vllm.domain.turn import NEXT, NewTurn, check_session_id, turns_to_mem
 class TurnService(Service):
     """The conversations' part of `Mos`."""
 
+    @exactly_once
     def add_turns(
         self,
         actor: Principal,
@@ -50,12 +55,9 @@ class TurnService(Service):
         now = self._clock()
         with self._catalog.write() as session:
             cube = open_cube(session, actor, cube_id, Access.WRITE)
-            talk = None if session_id is None else _open_session(session, cube, session_id)
+            talk = _Talk.open(session, cube, session_id, marked)
             batch = turns_to_memories(
-                turns,
-                session_id=session_id,
-                first_number=1 if talk is None else talk.turns + 1,
-                now=now,
+                turns, session_id=session_id, first_number=talk.turns + 1, now=now
             )
             rows = insert_memories(
                 session,
@@ -66,10 +68,10 @@ class TurnService(Service):
                 reason=reason,
                 at=now,
             )
-            _link(session, rows, after=None if talk is None else talk.last_memory_seq)
-            if talk is not None:
-                talk.turns += len(rows)
-                talk.last_memory_seq = rows[-1].seq
+            _link(session, rows, after=talk.last)
+            if talk.part is not None:
+                talk.part.turns += len(rows)
+                talk.part.last_memory_seq = rows[-1].seq
             bump(cube.row, at=now)
             self._log(
                 session,
@@ -82,6 +84,7 @@ class TurnService(Service):
             )
             return load_memories(session, cube, rows)
 
+    @exactly_once
     def remember_turn(
         self,
         actor: Principal,
@@ -117,29 +120,81 @@ class TurnService(Service):
             return stored, to_job(job)
 
 
-def _open_session(session: Session, cube: OpenCube, session_id: str) -> ChatSessionRow:
-    talk = session.get(ChatSessionRow, (cube.row.id, session_id))
-    if talk is None:
-        talk = ChatSessionRow(
-            cube_id=cube.row.id, session_id=session_id, turns=0, last_memory_seq=None
+@dataclass(frozen=True, slots=True)
+class _Talk:
+    """A conversation as far as everyone sees it who sees a new turn.
+
+    Args:
+        turns: how many there were.
+        last: for each set of labels, the last turn that who holds it sees: nobody's chain has a
+            gap.
+        part: where turns under these labels are counted; None outside of any session.
+    """
+
+    turns: int = 0
+    last: frozenset[int] = frozenset()
+    part: ChatSessionRow | None = None
+
+    @classmethod
+    def open(
+        cls, session: Session, cube: OpenCube, session_id: str | None, labels: Sequence[str]
+    ) -> _Talk:
+        if session_id is None:
+            return cls()
+        parts = session.scalars(
+            select(ChatSessionRow).where(
+                ChatSessionRow.cube_id == cube.cube_id, ChatSessionRow.session_id == session_id
+            )
+        ).all()
+        seen = [part for part in parts if set(part.labels) <= set(labels)]
+        label_set = label_set_of(labels)
+        own = next((part for part in seen if part.label_set == label_set), None)
+        if own is None:
+            own = ChatSessionRow(
+                cube_id=cube.cube_id,
+                session_id=session_id,
+                label_set=label_set,
+                labels=sorted(labels),
+                turns=0,
+                last_memory_seq=None,
+            )
+            session.add(own)
+        return cls(
+            turns=sum(part.turns for part in seen),
+            last=_last_seen(parts, labels),
+            part=own,
         )
-        session.add(talk)
-    return talk
 
 
-def _link(session: Session, rows: Sequence[MemoryRow], *, after: int | None) -> None:
-    chain = [row.seq for row in rows]
-    ranks = [0] * len(chain)
-    if after is not None:
-        chain.insert(0, after)
+def _last_seen(parts: Sequence[ChatSessionRow], labels: Collection[str]) -> frozenset[int]:
+    """What was said last for each holder of `labels`; nothing where it was erased."""
+    held = [set(labels), *({*labels, *part.labels} for part in parts)]
+    last = (
+        max((part.last_memory_seq or 0 for part in parts if set(part.labels) <= one), default=0)
+        for one in held
+    )
+    return frozenset(seq for seq in last if seq)
+
+
+def label_set_of(labels: Sequence[str]) -> str:
+    """What tells the turns of a conversation under these labels from its other turns."""
+    if not labels:
+        return ""
+    return hashlib.sha256(json.dumps(sorted(labels)).encode()).hexdigest()
+
+
+def _link(session: Session, rows: Sequence[MemoryRow], *, after: Collection[int]) -> None:
+    """Lead from each turn to the one after it, and from `after` to the first."""
+    pairs = [(earlier.seq, later.seq, 0) for earlier, later in itertools.pairwise(rows)]
+    for last in sorted(after):
         # What its owner linked it to in the meantime keeps its place.
         known = session.scalar(
-            select(func.count()).select_from(EdgeRow).where(EdgeRow.memory_seq == after)
+            select(func.count()).select_from(EdgeRow).where(EdgeRow.memory_seq == last)
         )
-        ranks.insert(0, known or 0)
+        pairs.append((last, rows[0].seq, known or 0))
     links = [
         {"memory_seq": earlier, "kind": NEXT, "target_seq": later, "weight": 1.0, "rank": rank}
-        for earlier, later, rank in zip(chain, chain[1:], ranks, strict=False)
+        for earlier, later, rank in pairs
     ]
     if links:
         session.execute(insert(EdgeRow), links)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     CompoundSelect,
     String,
+    and_,
     bindparam,
     func,
     null,
+    or_,
     select,
     type_coerce,
     union_all,
@@ -21,7 +25,8 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from memos_vllm.control.access import OpenCube, SeenCube, foreign_label, visible
-from memos_vllm.control.composition import activations
+from memos_vllm.control.batches import in_parts
+from memos_vllm.control.composition import activations, expired
 from memos_vllm.control.sql import Prepared, one_of, unindexed
 from memos_vllm.control.tables import (
     EdgeRow,
@@ -30,10 +35,10 @@ from memos_vllm.control.tables import (
     MemoryRow,
     MemoryUsageRow,
     MemoryVersionRow,
-    Relation,
 )
-from memos_vllm.domain.access import Role
+from memos_vllm.domain.access import Role, sees_labels
 from memos_vllm.domain.cube import Cube, count_states, count_tiers
+from memos_vllm.domain.erasure import Proof, Removed
 from memos_vllm.domain.ids import CubeId, JobId, MemoryId, PrincipalId
 from memos_vllm.domain.job import Job
 from memos_vllm.domain.memory import (
@@ -42,6 +47,7 @@ from memos_vllm.domain.memory import (
     Memory,
     MemoryState,
     MemoryVersion,
+    Relation,
     Source,
     Tier,
     Usage,
@@ -154,10 +160,11 @@ def _all_relations(labelled: bool) -> Prepared:
         .join(MemoryRow, MemoryRow.seq == LineageRow.target_seq)
         .where(one_of(LineageRow.memory_seq, "seqs"))
     )
-    here = [unindexed(MemoryRow.cube_id) == bindparam("cube")]
-    if labelled:
-        here.append(~foreign_label())
-    both: CompoundSelect[Any] = union_all(edges.where(*here), lineage.where(*here))
+    here = unindexed(MemoryRow.cube_id) == bindparam("cube")
+    seen = and_(here, ~foreign_label()) if labelled else here
+    # A memory that was kept from another cube has its origin's labels: who sees it may know that.
+    kept = and_(~here, LineageRow.relation == Relation.DERIVED_FROM)
+    both: CompoundSelect[Any] = union_all(edges.where(seen), lineage.where(or_(seen, kept)))
     return Prepared(both.order_by("origin", "place"))
 
 
@@ -188,8 +195,31 @@ def _relations(
     )
 
 
-def to_version(memory_id: str, row: MemoryVersionRow) -> MemoryVersion:
-    """One line of a memory's history."""
+def load_history(
+    session: Session, cube: SeenCube, memory_id: str, rows: Sequence[MemoryVersionRow]
+) -> list[MemoryVersion]:
+    """Those of a memory's versions that the actor may see, with lineage as far as it does.
+
+    A label that was taken off opens what is said now, and not what was said under it.
+    """
+    shown = [row for row in rows if sees_labels(cube.role, cube.labels, row.labels)]
+    named = {one for row in shown for ids in (row.lineage or {}).values() for one in ids}
+    seen = {
+        found
+        for part in in_parts(named)
+        for found in session.scalars(
+            select(MemoryRow.id).where(MemoryRow.id.in_(part), visible(cube, by_number=True))
+        )
+    }
+    return [_to_version(memory_id, row, seen) for row in shown]
+
+
+def _to_version(memory_id: str, row: MemoryVersionRow, seen: Collection[str]) -> MemoryVersion:
+    stored = row.lineage or {}
+    ids = {
+        relation: tuple(MemoryId(one) for one in stored.get(relation, ()) if one in seen)
+        for relation in Relation
+    }
     return MemoryVersion(
         memory_id=MemoryId(memory_id),
         version=row.version,
@@ -204,12 +234,17 @@ def to_version(memory_id: str, row: MemoryVersionRow) -> MemoryVersion:
         reason=row.reason,
         changed_by=PrincipalId(row.changed_by),
         changed_at=row.changed_at,
+        lineage=Lineage(
+            derived_from=ids[Relation.DERIVED_FROM],
+            merged_into=next(iter(ids[Relation.MERGED_INTO]), None),
+            supersedes=ids[Relation.SUPERSEDES],
+        ),
     )
 
 
 def load_cubes(session: Session, cubes: Sequence[OpenCube], *, now: datetime) -> list[Cube]:
     """Cubes with counts of what the actor may see and the state of their activation memory."""
-    counts = count_memories(session, cubes)
+    counts = count_memories(session, cubes, now=now)
     states = activations(session, [cube.row for cube in cubes], now=now)
     loaded = []
     for cube in cubes:
@@ -240,22 +275,31 @@ def load_cubes(session: Session, cubes: Sequence[OpenCube], *, now: datetime) ->
     return loaded
 
 
-def count_memories(session: Session, cubes: Sequence[OpenCube]) -> dict[str, Counts]:
-    """Visible memories of each cube by state and tier."""
-    number = func.count()
+def count_memories(
+    session: Session, cubes: Sequence[OpenCube], *, now: datetime
+) -> dict[str, Counts]:
+    """Visible memories of each cube by state and tier; what has expired is archived."""
+    found: dict[str, dict[tuple[MemoryState, Tier], int]] = defaultdict(lambda: defaultdict(int))
+    for cube_id, state, tier, count in _count(session, cubes):
+        found[cube_id][state, tier] += count
+    # Few, since they are archived soon, and looked up by their times: the rest is counted from
+    # an index that knows none.
+    for cube_id, state, tier, count in _count(session, cubes, expired(now)):
+        found[cube_id][state, tier] -= count
+        found[cube_id][MemoryState.ARCHIVED, tier] += count
+    return {cube_id: dict(counts) for cube_id, counts in found.items()}
+
+
+def _count(
+    session: Session, cubes: Sequence[OpenCube], *which: ColumnElement[bool]
+) -> Iterator[tuple[str, MemoryState, Tier, int]]:
     grouped = (MemoryRow.cube_id, MemoryRow.state, MemoryRow.tier)
+    counts = select(*grouped, func.count()).where(*which).group_by(*grouped)
     whole = [cube.row.id for cube in cubes if cube.role is Role.OWNER]
-    queries = [select(*grouped, number).where(MemoryRow.cube_id.in_(whole)).group_by(*grouped)]
-    queries += [
-        select(*grouped, number).where(visible(cube)).group_by(*grouped)
-        for cube in cubes
-        if cube.role is not Role.OWNER
-    ]
-    found: dict[str, dict[tuple[MemoryState, Tier], int]] = defaultdict(dict)
+    queries = [counts.where(MemoryRow.cube_id.in_(whole))]
+    queries += [counts.where(visible(cube)) for cube in cubes if cube.role is not Role.OWNER]
     for query in queries:
-        for cube_id, state, tier, count in session.execute(query):
-            found[cube_id][state, tier] = count
-    return dict(found)
+        yield from session.execute(query)
 
 
 def to_job(row: JobRow) -> Job:
@@ -274,4 +318,20 @@ def to_job(row: JobRow) -> Job:
         lease_owner=row.lease_owner,
         lease_until=row.lease_until,
         attempts=row.attempts,
+        created_by=PrincipalId(row.created_by),
+        proofs=tuple(_to_proof(stored) for stored in row.proofs or ()),
+    )
+
+
+def proof_to_json(proof: Proof) -> dict[str, Any]:
+    """A proof as it is stored."""
+    return {**asdict(proof), "done_at": proof.done_at.isoformat()}
+
+
+def _to_proof(stored: Mapping[str, Any]) -> Proof:
+    return Proof(
+        what=Removed(stored["what"]),
+        count=stored["count"],
+        checked=stored["checked"],
+        done_at=datetime.fromisoformat(stored["done_at"]),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from memos_vllm.domain.ids import ArtifactId, CubeId, MemoryId
+from memos_vllm.domain.ids import ArtifactId, CubeId, JobId, MemoryId
 
 
 class ActivationState(StrEnum):
@@ -62,9 +62,8 @@ class ErasedMemory:
     Args:
         versions: how many versions of it were removed.
         epoch: the cube's new epoch.
+        job: sees to it that nothing is left anywhere, and says how it knows.
         derived: what went with it, because it was derived from it; only what the actor may see.
-        log_truncated: the write-ahead log was emptied too. False when a reader held on to it for
-            longer than the busy timeout; the next checkpoint then empties it.
     """
 
     id: MemoryId
@@ -72,5 +71,5 @@ class ErasedMemory:
     versions: int
     epoch: int
     artifacts: list[ArtifactRecord]
+    job: JobId
     derived: tuple[MemoryId, ...] = ()
-    log_truncated: bool = True

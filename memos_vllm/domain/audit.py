@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 from memos_vllm.domain.checks import JsonObject
 
@@ -51,6 +53,144 @@ class AuditVerdict:
     bad_seq: int | None = None
     problem: AuditProblem | None = None
     message: str = "the audit log is whole"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which entries are wanted: all that fit every field that is given."""
+
+    actor: str | None = None
+    action: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SealedRow:
+    """A row of the log exactly as it was hashed; the text of `details` is JSON."""
+
+    seq: int
+    at: str
+    actor: str
+    action: str
+    cube_id: str | None
+    subject: str | None
+    details: str
+    previous_hash: str
+    hash: str
+
+    def to_line(self) -> bytes:
+        """The row as a line of JSON; `details` is an object unless somebody tampered with it."""
+        line: dict[str, Any] = asdict(self)
+        try:
+            details = json.loads(self.details)
+        except ValueError:
+            details = self.details
+        if canonical(details) == self.details:
+            line["details"] = details
+        return _line(line)
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> SealedRow:
+        """A row of `to_line`, decoded; raises LookupError, TypeError."""
+        details = line["details"]
+        row = cls(
+            seq=line["seq"],
+            at=line["at"],
+            actor=line["actor"],
+            action=line["action"],
+            cube_id=line["cube_id"],
+            subject=line["subject"],
+            details=details if isinstance(details, str) else canonical(details),
+            previous_hash=line["previous_hash"],
+            hash=line["hash"],
+        )
+        if type(row.seq) is not int:
+            raise TypeError("seq")
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class AuditHead:
+    """Where the log ends."""
+
+    seq: int = 0
+    hash: str = GENESIS_HASH
+
+    def to_line(self) -> bytes:
+        """The last line of an exported log, by which a file that was cut short is known."""
+        return _line({"object": HEAD_OBJECT, **asdict(self)})
+
+
+HEAD_OBJECT = "audit.head"
+
+
+class ChainCheck:
+    """Reads a log row by row, from the first, and names the first row that breaks the chain."""
+
+    def __init__(self) -> None:
+        self._reached = AuditHead()
+
+    def add(self, row: SealedRow) -> AuditVerdict | None:
+        """The verdict when this row breaks the chain, None when it follows."""
+        expected = self._reached.seq + 1
+        if row.seq > expected:
+            return self._broken(expected, AuditProblem.MISSING)
+        if _seal(row) != row.hash:
+            return self._broken(row.seq, AuditProblem.ALTERED)
+        if row.seq != expected or row.previous_hash != self._reached.hash:
+            return self._broken(row.seq, AuditProblem.OUT_OF_PLACE)
+        self._reached = AuditHead(row.seq, row.hash)
+        return None
+
+    def end(self, head: AuditHead) -> AuditVerdict:
+        """The verdict over all rows, given where the log says that it ends."""
+        reached = self._reached
+        if head.seq > reached.seq:
+            return self._broken(reached.seq + 1, AuditProblem.MISSING)
+        if head.seq < reached.seq:
+            return self._broken(head.seq + 1, AuditProblem.OUT_OF_PLACE)
+        if head.hash != reached.hash:
+            return self._broken(reached.seq, AuditProblem.ALTERED)
+        return AuditVerdict(ok=True, entries=reached.seq, head_hash=reached.hash)
+
+    def _broken(self, bad_seq: int, problem: AuditProblem) -> AuditVerdict:
+        return AuditVerdict(
+            ok=False,
+            entries=self._reached.seq,
+            head_hash=self._reached.hash,
+            bad_seq=bad_seq,
+            problem=problem,
+            message=f"audit row {bad_seq} {_MESSAGES[problem]}",
+        )
+
+
+_MESSAGES = {
+    AuditProblem.ALTERED: "was altered: its content does not give its hash",
+    AuditProblem.MISSING: "is missing",
+    AuditProblem.OUT_OF_PLACE: "is out of place: it does not follow the row before it",
+}
+
+
+def canonical(details: object) -> str:
+    """Details as the text that is stored and hashed."""
+    return json.dumps(details, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _line(value: object) -> bytes:
+    return f"{json.dumps(value, ensure_ascii=False)}\n".encode()
+
+
+def _seal(row: SealedRow) -> str:
+    return seal(
+        at=row.at,
+        actor=row.actor,
+        action=row.action,
+        cube_id=row.cube_id,
+        subject=row.subject,
+        details=row.details,
+        previous_hash=row.previous_hash,
+    )
 
 
 def seal(

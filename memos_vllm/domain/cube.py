@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from memos_vllm.domain.artifact import ActivationState
@@ -17,7 +17,7 @@ from memos_vllm.errors import InvalidRequest
 MAX_CUBES_PER_CHAT = 8
 MAX_NAME_CHARS = 200
 
-_CUBE_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+CUBE_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +144,28 @@ class CubeSnapshot:
     has_plaintext: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class HeldSnapshot:
+    """A snapshot that is kept for a while, with the times at which its memories expire."""
+
+    snapshot: CubeSnapshot
+    expiries: tuple[datetime | None, ...]
+
+    def at(self, now: datetime) -> CubeSnapshot:
+        """The snapshot without what has expired by `now`."""
+        if all(expiry is None or expiry > now for expiry in self.expiries):
+            return self.snapshot
+        left = tuple(
+            memory
+            for memory, expiry in zip(self.snapshot.memories, self.expiries, strict=True)
+            if expiry is None or expiry > now
+        )
+        return replace(self.snapshot, memories=left)
+
+
 def validate_cube_id(value: str, *, param: str = "id") -> CubeId:
     """`value` as a cube id; raises InvalidRequest."""
-    if not isinstance(value, str) or _CUBE_ID.fullmatch(value) is None:
+    if not isinstance(value, str) or CUBE_ID.fullmatch(value) is None:
         raise InvalidRequest(
             f"{param} must be 1 to 64 of a-z, 0-9, '.', '_' and '-', and start with a letter or "
             "a digit",

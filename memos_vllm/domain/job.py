@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from memos_vllm.domain.access import SYSTEM
 from memos_vllm.domain.checks import JsonObject
-from memos_vllm.domain.ids import CubeId, JobId
+from memos_vllm.domain.erasure import Proof
+from memos_vllm.domain.ids import CubeId, JobId, PrincipalId
 
 
 class JobKind(StrEnum):
-    """What a job does: `extract` reads facts out of turns, `reindex` indexes a cube anew."""
+    """What a job does: `extract` reads facts out of turns, `reindex` indexes a cube anew.
+
+    `erase` removes what is left of erased memories outside of the catalog's tables, and looks.
+    """
 
     BAKE = "bake"
     REBUILD = "rebuild"
@@ -45,6 +50,8 @@ class Job:
         error: why it failed, None otherwise.
         lease_owner: the worker that runs it until `lease_until`; after that anyone may claim it.
         attempts: how often it was claimed.
+        created_by: who asked for it.
+        proofs: of an erase job, what is known to be gone, in the order in which it was looked at.
     """
 
     id: JobId
@@ -60,3 +67,5 @@ class Job:
     lease_owner: str | None = None
     lease_until: datetime | None = None
     attempts: int = 0
+    created_by: PrincipalId = SYSTEM.id
+    proofs: tuple[Proof, ...] = ()

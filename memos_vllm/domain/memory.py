@@ -25,7 +25,7 @@ MAX_BATCH = 1000
 MAX_EDGES = 256
 MAX_REASON_CHARS = 1000
 
-_KIND = re.compile(r"[a-z][a-z0-9._-]{0,63}")
+EDGE_KIND = re.compile(r"[a-z][a-z0-9._-]{0,63}")
 
 
 class MemoryState(StrEnum):
@@ -52,6 +52,14 @@ class MemoryChange(StrEnum):
     ARCHIVED = "archived"
     RESTORED = "restored"
     MERGED = "merged"
+
+
+class Relation(StrEnum):
+    """How a memory stems from another."""
+
+    DERIVED_FROM = "derived_from"
+    MERGED_INTO = "merged_into"
+    SUPERSEDES = "supersedes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +153,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryVersion:
-    """One line of a memory's history: what it said, who made it so, when and why."""
+    """One line of a memory's history: what it said, who made it so, when, why and from what.
+
+    Args:
+        lineage: what this change made it stem from, or go into; what was erased since is left out.
+    """
 
     memory_id: MemoryId
     version: int
@@ -160,6 +172,12 @@ class MemoryVersion:
     reason: str | None
     changed_by: PrincipalId
     changed_at: datetime
+    lineage: Lineage = Lineage()
+
+    @property
+    def id(self) -> MemoryId:
+        """The memory's."""
+        return self.memory_id
 
 
 def validate_text(text: str, *, param: str = "text") -> str:
@@ -180,7 +198,7 @@ def validate_reason(reason: str | None, *, param: str = "reason") -> str | None:
 
 
 def _kind(value: str, *, param: str) -> str:
-    if _KIND.fullmatch(value) is None:
+    if EDGE_KIND.fullmatch(value) is None:
         raise InvalidRequest(
             f"{param} must be a lower-case word of at most 64 of a-z, 0-9, '.', '_' and '-'",
             param=param,

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from memos_vllm.domain.ids import CubeId
+from memos_vllm.domain.access import SYSTEM
+from memos_vllm.domain.ids import CubeId, PrincipalId
 from memos_vllm.domain.memory import Memory, Tier
 
 Scalar: TypeAlias = str | int | float | bool
@@ -21,11 +22,13 @@ class Scope:
         cube_ids: only memories of these cubes.
         labels: only memories whose labels are all among these; None allows every label.
         now: only memories that do not expire at or before this time, seconds since 1970.
+        reader: who asks, for the audit of what is read.
     """
 
     cube_ids: tuple[CubeId, ...]
     labels: frozenset[str] | None
     now: float
+    reader: PrincipalId = SYSTEM.id
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,8 @@ class Baker:
     def forget_unusable(self) -> None:
         """Drop from the catalog what this server cannot load: evicted, or another model's.
 
-        Their cubes then say `stale`, which they are, instead of `ready`.
+        Their cubes then say `stale`, which they are, instead of `ready`. What another server of
+        the catalog keeps in a folder of its own stays: when it is erased it is found by that.
         """
         unusable = []
         for record in self._mos.list_artifacts():
@@ -72,13 +73,23 @@ class Baker:
             except ArtifactUnreadable:
                 continue
             except ArtifactError:
-                unusable.append(record.id)
+                if self._is_in_our_scope(record):
+                    unusable.append(record.id)
                 continue
             if found != self._identity(found.scope):
                 unusable.append(record.id)
         if unusable:
             forgotten = self._mos.forget_artifacts(unusable)
             logger.info("memos: %d artifacts are not usable by this server", forgotten)
+
+    def _is_in_our_scope(self, record: ArtifactRecord) -> bool:
+        """Scopes are made with a key of each data folder."""
+        try:
+            return record.scope == self._chat.scope_of(
+                self._mos.snapshots(LOCAL_ADMIN, [record.cube_id])
+            )
+        except NotFound:
+            return True
 
     async def bake(self, job: Job, report: Report) -> str:
         """Do one bake job.
@@ -104,7 +115,7 @@ class Baker:
         if not kept:
             return f"{head_tokens} tokens are less than one block: computed with each request"
         await self._until_stored(snapshot, prompt[:kept], failures)
-        await self._record(snapshot, prompt[:head_tokens], kept)
+        await self.record(snapshot, prompt[:head_tokens], kept)
         seconds = time.perf_counter() - started
         return f"{head_tokens} tokens baked in {seconds:.1f} s"
 
@@ -151,11 +162,16 @@ class Baker:
     ) -> None:
         try:
             await self._until_stored(snapshot, head[:kept_tokens], _failed_saves())
-            await self._record(snapshot, head, kept_tokens)
+            await self.record(snapshot, head, kept_tokens)
         except MemosError as error:
             logger.info("memos: the prefix of cube %s is not in the store: %s", snapshot.id, error)
 
-    async def _record(self, snapshot: CubeSnapshot, head: list[int], kept_tokens: int) -> None:
+    async def record(self, snapshot: CubeSnapshot, head: list[int], kept_tokens: int) -> None:
+        """Note in the catalog an artifact of these first tokens of a head that the store holds.
+
+        Raises:
+            NotFound: the cube or a memory is gone, and now the artifact with it.
+        """
         scope = self._chat.scope_of([snapshot])
         match = self._store.lookup(self._identity(scope), head[:kept_tokens])
         if match is None:

@@ -21,6 +21,7 @@ from vllm.exceptions import VLLMValidationError
 
 from memos_vllm.activation.prefix import head_of
 from memos_vllm.control.mos import Mos
+from memos_vllm.control.snapshots import Snapshots
 from memos_vllm.domain.access import LOCAL_ADMIN, Principal
 from memos_vllm.domain.artifact import ActivationState
 from memos_vllm.domain.cube import CubeSnapshot
@@ -58,6 +59,7 @@ class MemoryChat:
 
     Args:
         mos: the control plane.
+        snapshots: what it says of cubes, as this server keeps it.
         serving: vLLM's serving object; each chat calls a copy with an engine client of its own.
         signer: signs the tickets of these chats.
         keys: of this data folder.
@@ -73,6 +75,7 @@ class MemoryChat:
         self,
         *,
         mos: Mos,
+        snapshots: Snapshots,
         serving: OpenAIServingChat,
         keys: ServerKeys,
         signer: TicketSigner,
@@ -83,6 +86,7 @@ class MemoryChat:
         on_served: Callable[[CubeSnapshot, list[int], int], None],
     ) -> None:
         self._mos = mos
+        self._snapshots = snapshots
         self._serving = serving
         self._keys = keys
         self._signer = signer
@@ -112,9 +116,10 @@ class MemoryChat:
         Raises:
             NotFound, InvalidRequest: as the HTTP contract says.
         """
-        snapshots = await asyncio.to_thread(self._mos.snapshots, principal, cube_ids)
+        snapshots = await asyncio.to_thread(self._snapshots.get, principal, cube_ids)
         if options.remember is not None:
-            await asyncio.to_thread(self._mos.require_writable, principal, snapshots[0].id)
+            into = options.remember.cube_among(cube_ids)
+            await asyncio.to_thread(self._mos.require_writable, principal, into)
         recalled = await self._look_up(request, snapshots, principal, options)
         composition = self._composer.compose(snapshots, recalled.memories)
         composed = self._composer.with_memory(request, composition)
@@ -227,7 +232,7 @@ class MemoryChat:
         if not records:
             return
         latest = max(records, key=lambda record: record.created_at)
-        snapshots = await asyncio.to_thread(self._mos.snapshots, LOCAL_ADMIN, [latest.cube_id])
+        snapshots = await asyncio.to_thread(self._snapshots.get, LOCAL_ADMIN, [latest.cube_id])
         composition = self._composer.compose(snapshots)
         composed = self._composer.with_memory(self._composer.usual_chat(), composition)
         call = self._permit(composed, snapshots, composition, MemoryOptions())
@@ -300,11 +305,11 @@ class MemoryChat:
             try:
                 memos["remembered"] = await self._writer.keep(
                     turn.principal,
-                    first.id,
+                    turn.options.remember.cube_among([cube.id for cube in turn.snapshots]),
                     request.messages,
                     said,
                     session_id=turn.options.session_id,
-                    mode=turn.options.remember,
+                    mode=turn.options.remember.mode,
                     # An answer that was given from labelled memories tells of them.
                     labels=sorted(_labels_of(composition)),
                 )

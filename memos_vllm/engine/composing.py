@@ -81,7 +81,17 @@ class Composer:
     def with_memory(
         self, request: ChatCompletionRequest, composition: Composition
     ) -> ChatCompletionRequest:
-        """The request as vLLM serves it: memory in its place, nothing of ours left."""
+        """The request as vLLM serves it: memory in its place, nothing of ours left.
+
+        Raises:
+            InvalidRequest: a message is none of a chat's; vLLM also takes those of Harmony, and
+                refuses them only later, where its templates would read them.
+        """
+        for index, message in enumerate(request.messages):
+            if not isinstance(message, dict) or "role" not in message:
+                raise InvalidRequest(
+                    f"messages[{index}] has no role", param=f"messages[{index}].role"
+                )
         composed = compose_messages(
             request.messages,
             block=composition.block,

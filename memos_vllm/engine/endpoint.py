@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ipaddress
 import logging
 from argparse import Namespace
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,33 +26,44 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from memos_vllm.activation.prefix import RENDERER_VERSION, Placement
 from memos_vllm.activation.store import PrefixIdentity
 from memos_vllm.activation.templates import TemplateTraits, probe_template
+from memos_vllm.api import examples
+from memos_vllm.api.authentication import STATE, Authenticator, principal_in
 from memos_vllm.api.error_table import error_response
-from memos_vllm.api.middleware import MemosGuard, guard_listeners
+from memos_vllm.api.log_redaction import redact_server_logs
+from memos_vllm.api.middleware import guard_listeners
 from memos_vllm.api.routes import build_router
+from memos_vllm.config import ServerSettings, run_in_environment
 from memos_vllm.control.mos import Mos
-from memos_vllm.domain.access import LOCAL_ADMIN, Principal
+from memos_vllm.control.snapshots import SWEEP_SECONDS, Snapshots
+from memos_vllm.domain.access import Principal
 from memos_vllm.domain.cube import CubeSnapshot
 from memos_vllm.domain.job import JobKind
 from memos_vllm.engine import assembly
 from memos_vllm.engine.baker import Baker
+from memos_vllm.engine.cartridges import ArtifactPorter
 from memos_vllm.engine.chat import MemoryChat
 from memos_vllm.engine.composing import Composer
+from memos_vllm.engine.doors import guard_outermost, refuse_open_doors
+from memos_vllm.engine.eraser import Eraser
 from memos_vllm.engine.gateway import VllmGateway
 from memos_vllm.engine.job_runner import JobRunner
-from memos_vllm.engine.names import CONNECTOR_NAME, MIDDLEWARE, PLUGIN_NAME
+from memos_vllm.engine.log_search import LogSearch
+from memos_vllm.engine.model_list import list_models
+from memos_vllm.engine.names import CONNECTOR_NAME, PLUGIN_NAME
 from memos_vllm.engine.options import parse_cube_ids, parse_options
-from memos_vllm.engine.protocol import MemoryChatRequest
+from memos_vllm.engine.pool_watch import PoolWatch
+from memos_vllm.engine.protocol import ChatErrorReply, MemoryChatRequest
 from memos_vllm.engine.reader import Reader
 from memos_vllm.engine.recall import Recall
 from memos_vllm.engine.reindexer import Reindexer
 from memos_vllm.engine.remembering import TurnWriter
-from memos_vllm.engine.secrets import ServerKeys, load_keys
+from memos_vllm.engine.run_folder import log_folders, wait_for_address
+from memos_vllm.engine.secrets import ServerKeys, artifact_scope, load_keys
 from memos_vllm.engine.stats import count_guard_event
 from memos_vllm.engine.template import TokenizerTemplate, special_tokens_of
 from memos_vllm.engine.ticket import TicketSigner
 from memos_vllm.engine.usage import UsageRecorder
 from memos_vllm.errors import ConfigurationError, MemosError, TemplateError, Unavailable
-from memos_vllm.plaintext.assembly import open_plaintext
 from memos_vllm.plaintext.store import PlaintextStore
 
 if TYPE_CHECKING:
@@ -62,7 +71,12 @@ if TYPE_CHECKING:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.tasks import SupportedTask
 
+    from memos_vllm.control.actors import ControlPlane
+
 logger = logging.getLogger(__name__)
+
+_CONTROL_PLANE_SECONDS = 120.0
+_COMMON_KINDS = tuple(kind for kind in JobKind if kind is not JobKind.ERASE)
 
 
 @dataclass(slots=True)
@@ -70,6 +84,7 @@ class _Running:
     """What the routes use once the server has started."""
 
     mos: Mos
+    is_down: Callable[[], bool]
     chat: MemoryChat
     gateway: VllmGateway
     plaintext: PlaintextStore
@@ -88,9 +103,13 @@ class MemosEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes and the guard; replace POST /v1/chat/completions by one that knows
-        cubes."""
-        if MIDDLEWARE not in getattr(app.state.args, "middleware", ()):
-            app.add_middleware(MemosGuard)
+        cubes, and GET /v1/models by one that knows who asks."""
+        guard_outermost(app.state.args)
+        redact_server_logs()
+        authenticator = Authenticator(
+            lambda: self._started().mos, is_down=lambda: self._started().is_down()
+        )
+        setattr(app.state, STATE, authenticator)
         app.include_router(
             build_router(
                 mos=lambda: self._started().mos,
@@ -100,6 +119,7 @@ class MemosEndpoint:
                 tombstone_key=lambda: self._started().keys.tombstone,
             )
         )
+        app.add_api_route("/v1/models", list_models, methods=["GET"])
         app.add_api_route(
             "/v1/chat/completions",
             self._chat_route(),
@@ -107,7 +127,10 @@ class MemosEndpoint:
             dependencies=[Depends(validate_json_request)],
             summary="Chat, with the memory of cubes when memcube_id names any",
             tags=["chat"],
-            responses={200: {"content": {"text/event-stream": {}}}},
+            responses={
+                200: {"content": {"text/event-stream": {}}},
+                **examples.refusals(ChatErrorReply),
+            },
         )
 
     async def init_state(
@@ -117,12 +140,11 @@ class MemosEndpoint:
         serving: OpenAIServingChat | None = getattr(state, "openai_serving_chat", None)
         if engine_client is None or serving is None:
             return
-        refuse_open_doors(args)
         vllm_config = engine_client.vllm_config
         if not _connector_is_ours(vllm_config):
             raise ConfigurationError(
-                "the memos plugin needs its connector: start with `memos-vllm serve`, or pass "
-                "--kv-transfer-config as the README shows"
+                "the memos plugin needs its connector, which `memos-vllm serve` sets: start the "
+                "server with it instead of `vllm serve`"
             )
         if getattr(args, "disable_log_stats", False):
             logger.warning(
@@ -131,7 +153,12 @@ class MemosEndpoint:
             )
         settings = assembly.settings_of(vllm_config)
         keys = load_keys(settings.secrets_dir)
-        mos = await asyncio.to_thread(Mos.open, settings.resolved_catalog_url)
+        control = await asyncio.to_thread(_join_control_plane, settings)
+        mos, plaintext = control.mos, control.plaintext
+        snapshots = Snapshots(mos, is_down=control.mos_is_down)
+        await asyncio.to_thread(
+            refuse_open_doors, args, data_dir=settings.data_dir, has_keys=mos.has_keys
+        )
         signer = TicketSigner(keys.ticket, ttl_seconds=settings.ticket_ttl_seconds)
         usage = UsageRecorder(mos)
         fingerprint = await asyncio.to_thread(assembly.fingerprint_of, vllm_config)
@@ -142,15 +169,14 @@ class MemosEndpoint:
             baker.record_later(snapshot, head, kept_tokens)
 
         def wake() -> None:
-            plaintext.wake()
             jobs.wake()
+            erasures.wake()
 
         special_tokens = special_tokens_of(serving.renderer.tokenizer)
         composer = Composer(serving, _traits(serving), special_tokens)
-        plaintext = open_plaintext(settings, mos)
-        plaintext.start()
         chat = MemoryChat(
             mos=mos,
+            snapshots=snapshots,
             serving=serving,
             keys=keys,
             signer=signer,
@@ -160,49 +186,73 @@ class MemosEndpoint:
             on_usage=usage.note,
             on_served=record_later,
         )
-        baker = Baker(
-            mos=mos,
-            chat=chat,
-            store=store,
-            identity=lambda scope: PrefixIdentity(
-                scope, fingerprint.digest, numerics, RENDERER_VERSION
-            ),
-        )
+
+        def identity(scope: str) -> PrefixIdentity:
+            return PrefixIdentity(scope, fingerprint.digest, numerics, RENDERER_VERSION)
+
+        baker = Baker(mos=mos, chat=chat, store=store, identity=identity)
         reader = Reader(
             mos=mos, plaintext=plaintext, serving=serving, special_tokens=special_tokens
         )
         jobs = JobRunner(
-            mos,
+            control.scheduler,
             {
                 JobKind.BAKE: baker.bake,
                 JobKind.REBUILD: baker.bake,
                 JobKind.EXTRACT: reader.extract,
                 JobKind.REINDEX: Reindexer(mos, plaintext).reindex,
             },
+            kinds=_COMMON_KINDS,
+        )
+        eraser = Eraser(
+            mos=mos,
+            plaintext=plaintext,
+            store=store,
+            residency=PoolWatch(
+                engine_client, reports=not getattr(args, "disable_log_stats", False)
+            ),
+            logs=LogSearch(lambda: log_folders(settings.run_dir)),
+            scope=lambda cube_id, epoch: artifact_scope(keys.salt, [(cube_id, epoch)]),
+            key=keys.tombstone,
+        )
+        # An erasure may wait for an index or a disk, and no bake has to wait for that.
+        erasures = JobRunner(
+            control.scheduler, {JobKind.ERASE: eraser.erase}, kinds=(JobKind.ERASE,)
         )
         gateway = VllmGateway(
             engine=engine_client,
-            mos=mos,
+            control=control,
+            snapshots=snapshots,
             chat=chat,
-            jobs=jobs,
-            plaintext=plaintext,
+            wake_jobs=wake,
             store=store,
             fingerprint=fingerprint,
             numerics=numerics,
             settings=settings,
+            cartridges=ArtifactPorter(
+                mos=mos,
+                chat=chat,
+                baker=baker,
+                store=store,
+                identity=identity,
+                settings=settings,
+                wake_jobs=wake,
+            ),
         )
+        await asyncio.to_thread(mos.sweep_imports)
         if count_guard_event not in guard_listeners:
             guard_listeners.append(count_guard_event)
         tasks = [
             asyncio.create_task(work)
             for work in (
                 _forget_then_run(baker, jobs),
+                erasures.run(),
                 usage.run(),
+                _sweep(snapshots),
                 _quietly(chat.warm_up()),
-                _close_at_the_end(plaintext),
             )
         ]
-        self._running = _Running(mos, chat, gateway, plaintext, keys, tasks)
+        self._running = _Running(mos, control.mos_is_down, chat, gateway, plaintext, keys, tasks)
         logger.info("memos: ready; data in %s", settings.data_dir)
 
     def _started(self) -> _Running:
@@ -252,12 +302,10 @@ async def _forget_then_run(baker: Baker, jobs: JobRunner) -> None:
     await jobs.run()
 
 
-async def _close_at_the_end(plaintext: PlaintextStore) -> None:
-    """Let go of the index when the server stops: its folder is then whole without a repair."""
-    try:
-        await asyncio.Event().wait()
-    finally:
-        plaintext.close()
+async def _sweep(snapshots: Snapshots) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        snapshots.sweep()
 
 
 async def _quietly(work: Awaitable[None]) -> None:
@@ -268,38 +316,27 @@ async def _quietly(work: Awaitable[None]) -> None:
         logger.debug("memos: %s", error)
 
 
-def refuse_open_doors(args: Namespace) -> None:
-    """Refuse to serve everyone: there are no keys yet, whoever connects is the administrator.
+def _join_control_plane(settings: ServerSettings) -> ControlPlane:
+    """The actors that this server's supervisor has started.
 
     Raises:
-        ConfigurationError: the reason, and what to do instead.
+        ConfigurationError: there is no supervisor, or its control plane did not start.
     """
-    if getattr(args, "uds", None) is None and not is_loopback(args.host):
-        shown = args.host or "every address (vLLM's default)"
+    run = run_in_environment()
+    if run is None:
         raise ConfigurationError(
-            f"memory has no keys yet, so anyone who reaches the server could read it: it serves "
-            f"only this machine, not {shown}; pass --host 127.0.0.1"
+            "memory needs its control plane, which `memos-vllm serve` starts: start the server "
+            "with it instead of `vllm serve`"
         )
-    if getattr(args, "api_key", None):
-        raise ConfigurationError(
-            "--api-key guards only part of vLLM's routes and knows one principal; memory comes "
-            "with keys of its own in a later release, until then leave it out"
-        )
-    if getattr(args, "grpc_port", None) is not None or getattr(args, "grpc", False):
-        raise ConfigurationError("gRPC would go past the checks on memory; leave it out")
+    from memos_vllm.control.actors import ControlPlane, join_ray
+
+    address = wait_for_address(settings.run_dir, run, seconds=_CONTROL_PLANE_SECONDS)
+    join_ray(address.ray)
+    return ControlPlane(address.namespace)
 
 
-def is_loopback(host: str | None) -> bool:
-    if host is None:
-        return False
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def _principal(_: Request) -> Principal:
-    """A loopback-only server has one user; keys come with the control plane."""
-    return LOCAL_ADMIN
+def _principal(request: Request) -> Principal:
+    return principal_in(request.scope)
 
 
 def _connector_is_ours(vllm_config: Any) -> bool:

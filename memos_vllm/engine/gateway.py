@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -15,17 +14,12 @@ from memos_vllm.activation.fingerprint import Fingerprint
 from memos_vllm.activation.prefix import RENDERER_VERSION
 from memos_vllm.activation.store import ArtifactStore
 from memos_vllm.config import ServerSettings
-from memos_vllm.control.mos import Mos
-from memos_vllm.domain.access import LOCAL_ADMIN
+from memos_vllm.control.actors import ControlPlane
+from memos_vllm.control.snapshots import Snapshots
 from memos_vllm.domain.artifact import ArtifactRecord
-from memos_vllm.domain.cube import CubeSnapshot, SnapshotMemory
-from memos_vllm.domain.memory import Memory, MemoryState
+from memos_vllm.engine.cartridges import ArtifactPorter
 from memos_vllm.engine.chat import MemoryChat
-from memos_vllm.engine.job_runner import JobRunner
 from memos_vllm.engine.stats import latest_reports
-from memos_vllm.plaintext.store import PlaintextStore
-
-_PAGE = 1000
 
 
 class VllmGateway:
@@ -35,24 +29,31 @@ class VllmGateway:
         self,
         *,
         engine: EngineClient,
-        mos: Mos,
+        control: ControlPlane,
+        snapshots: Snapshots,
         chat: MemoryChat,
-        jobs: JobRunner,
-        plaintext: PlaintextStore,
+        wake_jobs: Callable[[], None],
         store: ArtifactStore,
         fingerprint: Fingerprint,
         numerics: str,
         settings: ServerSettings,
+        cartridges: ArtifactPorter,
     ) -> None:
         self._engine = engine
-        self._mos = mos
+        self._control = control
+        self._mos = control.mos
+        self._snapshots = snapshots
         self._chat = chat
-        self._jobs = jobs
-        self._plaintext = plaintext
+        self._wake_jobs = wake_jobs
         self._store = store
         self._fingerprint = fingerprint
         self._numerics = numerics
         self._settings = settings
+        self._cartridges = cartridges
+
+    @property
+    def cartridges(self) -> ArtifactPorter:
+        return self._cartridges
 
     async def status(self) -> Mapping[str, object]:
         await asyncio.to_thread(self._store.refresh)
@@ -84,9 +85,9 @@ class VllmGateway:
                     "budget_bytes": self._settings.artifact_budget_bytes,
                     "quarantined": usage.num_quarantined,
                 },
-                "plaintext": await asyncio.to_thread(self._plaintext.status),
+                "plaintext": await asyncio.to_thread(self._control.plaintext.status),
             },
-            "actors": {},
+            "actors": await asyncio.to_thread(self._control.status),
             "head_misses": self._chat.heads.misses,
         }
 
@@ -99,38 +100,15 @@ class VllmGateway:
 
     async def discard_artifacts(self, records: Sequence[ArtifactRecord]) -> None:
         """Delete the files, and whatever else the same scopes hold."""
+        for cube_id in {record.cube_id for record in records}:
+            self._snapshots.drop(cube_id)
         for scope in {record.scope for record in records}:
             await asyncio.to_thread(self._store.discard_scope, scope)
 
     async def check_composition(self, cube_id: str, *, adding: Sequence[str] | None) -> None:
-        snapshot = await asyncio.to_thread(self._snapshot_with, cube_id, adding)
+        snapshot = await asyncio.to_thread(self._mos.snapshot_with, cube_id, adding)
         if snapshot.memories:
             await self._chat.refuse_unfit(snapshot)
-
-    def _snapshot_with(self, cube_id: str, adding: Sequence[str] | None) -> CubeSnapshot:
-        """The cube as if these memories (None: all that may be) were activation memory."""
-        (snapshot,) = self._mos.snapshots(LOCAL_ADMIN, [cube_id])
-        known = {memory.id for memory in snapshot.memories}
-        added = [
-            SnapshotMemory(memory.id, memory.version, memory.text, memory.source.title)
-            for memory in self._candidates(cube_id, adding)
-            if memory.id not in known and memory.state is MemoryState.ACTIVE and not memory.labels
-        ]
-        return replace(snapshot, memories=(*snapshot.memories, *added))
-
-    def _candidates(self, cube_id: str, adding: Sequence[str] | None) -> Iterator[Memory]:
-        if adding is not None:
-            for memory_id in adding:
-                yield self._mos.get_memory(LOCAL_ADMIN, cube_id, memory_id)
-            return
-        cursor: str | None = None
-        while True:
-            page = self._mos.list_memories(
-                LOCAL_ADMIN, cube_id, state=MemoryState.ACTIVE, limit=_PAGE, cursor=cursor
-            )
-            yield from page.items
-            if (cursor := page.next_cursor) is None:
-                return
 
     def resident_tokens(self, cube_id: str) -> int:
         scope = self._chat.known_scope(cube_id)
@@ -142,7 +120,7 @@ class VllmGateway:
         )
 
     def wake_jobs(self) -> None:
-        self._jobs.wake()
+        self._wake_jobs()
 
 
 def vllm_version() -> str:

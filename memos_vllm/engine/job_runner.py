@@ -7,9 +7,10 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
-from memos_vllm.control.mos import Mos
+from memos_vllm.control.jobs import NEVER_GIVEN_UP
+from memos_vllm.control.scheduler import PromotionScheduler
 from memos_vllm.domain.job import Job, JobKind, JobState
 from memos_vllm.errors import MemosError, NotFound, Unavailable
 
@@ -33,11 +34,19 @@ class JobRunner:
 
     Args:
         handlers: by kind of job; each returns what was done, for a person.
+        kinds: take only jobs of these kinds; None for any, also of a kind that nobody does.
     """
 
-    def __init__(self, mos: Mos, handlers: Mapping[JobKind, Handler]) -> None:
-        self._mos = mos
+    def __init__(
+        self,
+        scheduler: PromotionScheduler,
+        handlers: Mapping[JobKind, Handler],
+        *,
+        kinds: Collection[JobKind] | None = None,
+    ) -> None:
+        self._scheduler = scheduler
         self._handlers = dict(handlers)
+        self._kinds = kinds
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         self._wake = asyncio.Event()
 
@@ -60,7 +69,10 @@ class JobRunner:
     async def _claim(self) -> Job | None:
         try:
             return await asyncio.to_thread(
-                self._mos.claim_job, self._owner, lease_seconds=_LEASE_SECONDS
+                self._scheduler.claim_job,
+                self._owner,
+                lease_seconds=_LEASE_SECONDS,
+                kinds=self._kinds,
             )
         except Exception:
             # Whatever it is, jobs must not stand still until the server is started again.
@@ -87,7 +99,8 @@ class JobRunner:
         except NotFound as failure:
             state, message, error = JobState.CANCELLED, "what it works on is gone", str(failure)
         except Unavailable as failure:
-            if job.kind in _PATIENT and job.attempts <= len(_NEXT_ATTEMPT_SECONDS):
+            tried_out = job.attempts > len(_NEXT_ATTEMPT_SECONDS)
+            if job.kind in NEVER_GIVEN_UP or (job.kind in _PATIENT and not tried_out):
                 renewal.cancel()
                 await self._put_off(job, failure)
                 return
@@ -104,12 +117,12 @@ class JobRunner:
 
     async def _put_off(self, job: Job, failure: Unavailable) -> None:
         """Let the job's lease run out later, so that it is claimed again."""
-        seconds = _NEXT_ATTEMPT_SECONDS[job.attempts - 1]
+        seconds = _NEXT_ATTEMPT_SECONDS[min(job.attempts, len(_NEXT_ATTEMPT_SECONDS)) - 1]
         logger.warning("memos: job %s is tried again in %.0f s: %s", job.id, seconds, failure)
         # Where this fails as well, the lease runs out by itself.
         with contextlib.suppress(Unavailable):
             await asyncio.to_thread(
-                self._mos.renew_job,
+                self._scheduler.renew_job,
                 job.id,
                 self._owner,
                 lease_seconds=seconds,
@@ -120,7 +133,7 @@ class JobRunner:
     async def _finish(self, job: Job, state: JobState, message: str, error: str | None) -> None:
         try:
             await asyncio.to_thread(
-                self._mos.finish_job,
+                self._scheduler.finish_job,
                 job.id,
                 self._owner,
                 state=state,
@@ -143,7 +156,7 @@ class JobRunner:
             progress.changed.clear()
             try:
                 ours = await asyncio.to_thread(
-                    self._mos.renew_job,
+                    self._scheduler.renew_job,
                     job.id,
                     self._owner,
                     lease_seconds=_LEASE_SECONDS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -28,13 +29,32 @@ class RememberMode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class RememberOptions:
+    """How a turn is kept, and in which of the chat's cubes: the first one when `into` is None."""
+
+    mode: RememberMode = RememberMode.FAST
+    into: str | None = None
+
+    def cube_among(self, cube_ids: Sequence[str]) -> str:
+        """The cube that the turn goes to; raises InvalidRequest when the chat does not name it."""
+        if self.into is None:
+            return cube_ids[0]
+        if self.into not in cube_ids:
+            raise InvalidRequest(
+                "memos.remember.into must be one of the cubes in memcube_id",
+                param="memos.remember.into",
+            )
+        return self.into
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryOptions:
     """The `memos` object of a request, checked; `retrieve` and `remember` are None for no."""
 
     activation: bool = True
     session_id: str | None = None
     retrieve: RetrieveOptions | None = RetrieveOptions()
-    remember: RememberMode | None = None
+    remember: RememberOptions | None = None
 
 
 def parse_cube_ids(memcube_id: object, alias: object) -> list[str]:
@@ -121,19 +141,23 @@ def _retrieve(value: object) -> RetrieveOptions | None:
     return RetrieveOptions(**value)
 
 
-def _remember(value: object) -> RememberMode | None:
+def _remember(value: object) -> RememberOptions | None:
     if value is None or value is False:
         return None
     if value is True:
-        return RememberMode.FAST
-    if not isinstance(value, dict) or set(value) - {"mode"}:
+        return RememberOptions()
+    if not isinstance(value, dict) or set(value) - {"mode", "into"}:
         raise InvalidRequest(
-            "memos.remember must be true, false or an object with mode", param="memos.remember"
+            "memos.remember must be true, false or an object with mode and into",
+            param="memos.remember",
         )
+    into = value.get("into")
+    if into is not None:
+        into = validate_cube_id(into, param="memos.remember.into")
     mode = value.get("mode", RememberMode.FAST)
     if not isinstance(mode, str) or mode not in set(RememberMode):
         raise InvalidRequest(
             f"memos.remember.mode must be one of {', '.join(RememberMode)}",
             param="memos.remember.mode",
         )
-    return RememberMode(mode)
+    return RememberOptions(RememberMode(mode), into)

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+from memos_vllm.api.replies import ErrorDetail
+
+
+class ChatErrorDetail(ErrorDetail):
+    """vLLM's codes are numbers."""
+
+    code: str | int | None  # type: ignore[assignment]
+
+
+class ChatErrorReply(BaseModel):
+    """An error of ours or of vLLM's, in OpenAI's shape."""
+
+    error: ChatErrorDetail
 
 
 class MemoryChatRequest(ChatCompletionRequest):

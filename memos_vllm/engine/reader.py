@@ -18,7 +18,7 @@ from vllm.exceptions import VLLMClientError
 
 from memos_vllm.activation.prefix import neutralise
 from memos_vllm.control.mos import Mos
-from memos_vllm.domain.access import LOCAL_ADMIN
+from memos_vllm.domain.access import Principal
 from memos_vllm.domain.checks import check_line
 from memos_vllm.domain.fact import FACT_KIND, NewFact
 from memos_vllm.domain.filters import SourceIs
@@ -95,14 +95,16 @@ class Reader:
         Returns:
             What was done, for a person.
         Raises:
-            NotFound: the cube or a turn is gone.
+            NotFound: the cube, a turn or whoever asked for it is gone, or may not do it any more.
             MemosError: the model gave no usable answer, or the index is down.
         """
         named = job.payload["memory_ids"]
         assert isinstance(named, list)
         turn_ids = [str(memory_id) for memory_id in named]
+        # In the name of who asked for it: it reads, and writes, what they may.
+        actor = await asyncio.to_thread(self._mos.principal, job.created_by)
         turns = [
-            await asyncio.to_thread(self._mos.get_memory, LOCAL_ADMIN, job.cube_id, memory_id)
+            await asyncio.to_thread(self._mos.get_memory, actor, job.cube_id, memory_id)
             for memory_id in turn_ids
         ]
         report(0.2, "reading the turn")
@@ -111,11 +113,11 @@ class Reader:
         facts = []
         for number, text in enumerate(texts):
             report(0.3 + 0.6 * number / len(texts), f"comparing fact {number + 1} of {len(texts)}")
-            facts.append(await self._place(job.cube_id, text, labels))
+            facts.append(await self._place(actor, job.cube_id, text, labels))
         if not facts:
             return "no lasting fact was stated"
         stored = await asyncio.to_thread(
-            self._mos.add_facts, LOCAL_ADMIN, job.cube_id, facts, turn_ids=turn_ids
+            self._mos.add_facts, actor, job.cube_id, facts, turn_ids=turn_ids
         )
         superseded = sum(len(fact.supersedes) for fact in facts)
         known = sum(fact.same_as is not None for fact in facts)
@@ -139,7 +141,9 @@ class Reader:
         facts = [" ".join(text.split()) for text in found if isinstance(text, str)]
         return list(dict.fromkeys(text for text in facts if _is_fact(text)))[:MAX_FACTS]
 
-    async def _place(self, cube_id: str, text: str, labels: frozenset[str]) -> NewFact:
+    async def _place(
+        self, actor: Principal, cube_id: str, text: str, labels: frozenset[str]
+    ) -> NewFact:
         """A fact, and how it stands to those known.
 
         Args:
@@ -147,7 +151,7 @@ class Reader:
                 tell of it.
         """
         query = SearchQuery(text=text, top_k=_FOUND, where=SourceIs("kind", (FACT_KIND,)), hops=0)
-        found = await asyncio.to_thread(self._plaintext.search, LOCAL_ADMIN, [cube_id], query)
+        found = await asyncio.to_thread(self._plaintext.search, actor, [cube_id], query)
         superseded: list[MemoryId] = []
         for hit in [hit for hit in found.hits if labels.issuperset(hit.memory.labels)][:_COMPARED]:
             earlier = hit.memory

@@ -33,8 +33,9 @@ class Reindexer:
         while True:
             left = await asyncio.to_thread(self._plaintext.backlog, job.cube_id)
             if left == 0:
-                return f"{total} memories indexed anew"
+                # Without numbers: they would count what a reader of the job may not see.
+                return "indexed anew"
             if (problem := self._plaintext.problem()) is not None:
                 raise Unavailable(f"{left} changes wait for the index: {problem}")
-            report(1.0 - min(1.0, left / (total + 1)), f"{left} changes left")
+            report(1.0 - min(1.0, left / (total + 1)), "indexing")
             await asyncio.sleep(_LOOK_SECONDS)

@@ -375,11 +375,12 @@ class SchedulerHalf:
             or request.prompt_embeds is not None
         ):
             return None
-        found = self._store.lookup(
-            self._identity(memory.ticket.scope),
-            request.prompt_token_ids[: memory.wanted_tokens],
-            any_numerics=self._allow_portable,
-        )
+        identity = self._identity(memory.ticket.scope)
+        wanted = request.prompt_token_ids[: memory.wanted_tokens]
+        found = self._store.lookup(identity, wanted, any_numerics=self._allow_portable)
+        # Another process may have imported it since the last look; a look costs one stat.
+        if found is None and self._store.refresh():
+            found = self._store.lookup(identity, wanted, any_numerics=self._allow_portable)
         if found is None:
             return None
         size = self._shape.block_size

@@ -46,14 +46,24 @@ def load_keys(secrets_dir: Path) -> ServerKeys:
     return ServerKeys(**{name: _load_key(secrets_dir / f"{name}.key") for name in names})
 
 
+def make_ray_token(secrets_dir: Path) -> Path:
+    """The file of the token that every process of our Ray must show, made if it does not exist.
+
+    Raises:
+        ConfigurationError: it is readable by others.
+    """
+    secrets_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = secrets_dir / "ray.token"
+    if not path.exists():
+        _create(path, secrets.token_hex(KEY_BYTES).encode())
+    _check_mode(path)
+    return path
+
+
 def _load_key(path: Path) -> bytes:
     if not path.exists():
-        _create_key(path)
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        raise ConfigurationError(
-            f"{path} can be read by others (mode {mode:04o}); run `chmod 600 {path}`"
-        )
+        _create(path, secrets.token_bytes(KEY_BYTES))
+    _check_mode(path)
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise ConfigurationError(
@@ -63,13 +73,21 @@ def _load_key(path: Path) -> bytes:
     return key
 
 
-def _create_key(path: Path) -> None:
+def _check_mode(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigurationError(
+            f"{path} can be read by others (mode {mode:04o}); run `chmod 600 {path}`"
+        )
+
+
+def _create(path: Path, content: bytes) -> None:
     """Write a new key; when two processes race, the first link wins and both use it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):

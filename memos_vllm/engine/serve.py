@@ -1,4 +1,4 @@
-"""`memos-vllm serve`: vLLM's own serve command, with memory set up."""
+"""vLLM's own serve command, with memory set up; a child of `engine.supervisor`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -14,14 +15,20 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from memos_vllm.activation.store.claim import claim_folder
 from memos_vllm.config import (
     ArtifactDtype,
     ServerSettings,
+    set_catalog_url,
     set_vllm_plugins,
     vllm_plugins_in_environment,
 )
-from memos_vllm.engine.names import CONNECTOR_NAME, MIDDLEWARE, PLUGIN_NAME
+from memos_vllm.control.keys import keys_exist
+from memos_vllm.engine.doors import guard_outermost, refuse_open_doors
+from memos_vllm.engine.names import CONNECTOR_NAME, PLUGIN_NAME
+from memos_vllm.engine.secrets import load_keys
 from memos_vllm.errors import ConfigurationError, MemosError
+from memos_vllm.parent_death import end_with_parent
 
 _RESERVED_CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 # Groups that VLLM_PLUGINS filters besides ours; naming one plugin would switch the others off.
@@ -41,15 +48,22 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The process's exit code: 0 stopped, 1 failed, 2 misused.
     """
+    end_with_parent(signal.SIGTERM)
     own, vllm_argv = own_parser().parse_known_args(list(argv))
     try:
         settings = _settings(own)
+        if settings.catalog_url is not None:
+            set_catalog_url(settings.catalog_url)
         _use_plugins()
         command, args = _parse(_with_model_folder(vllm_argv))
         configure(args, settings, explicit_policy=_names_failure_policy(vllm_argv))
-        from memos_vllm.engine.endpoint import refuse_open_doors
-
-        refuse_open_doors(args)
+        refuse_open_doors(
+            args,
+            data_dir=settings.data_dir,
+            has_keys=lambda: keys_exist(settings.resolved_catalog_url),
+        )
+        if settings.artifact_url is not None:
+            claim_folder(settings.artifacts_dir, mac_key=load_keys(settings.secrets_dir).artifact)
         compute_on_as_many_cores_as_plain_vllm(args)
     except MemosError as error:
         print(f"memos-vllm serve: {error}", file=sys.stderr)
@@ -62,6 +76,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def own_settings(argv: Sequence[str]) -> ServerSettings:
+    """Our own settings among the options of a command line.
+
+    Raises:
+        ConfigurationError: a value is of the wrong type or out of range.
+    """
+    own, _ = own_parser().parse_known_args(list(argv))
+    return _settings(own)
+
+
 def own_parser() -> argparse.ArgumentParser:
     """Our own options; everything else belongs to `vllm serve`."""
     parser = argparse.ArgumentParser(
@@ -69,7 +93,24 @@ def own_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("memory")
     group.add_argument("--data-dir", type=Path, help="catalog, artifacts and keys of this server")
-    group.add_argument("--catalog-url", help="SQLAlchemy URL; SQLite in the data folder if absent")
+    group.add_argument(
+        "--ray-address",
+        help="a Ray cluster to join (HOST:PORT); one of its own on this machine if absent",
+    )
+    group.add_argument(
+        "--ray-resource",
+        help="only nodes of that cluster that offer this Ray resource host the actors (any node)",
+    )
+    group.add_argument(
+        "--catalog-url",
+        help="postgresql://USER@HOST/NAME, or SQLite in the data folder if absent; a password is "
+        "better given in MEMOS_CATALOG_URL or PGPASSWORD, which `ps` does not show",
+    )
+    group.add_argument(
+        "--artifact-url",
+        help="file:// URL or path of the artifact folder, on a file system that servers of one "
+        "catalog may share; one in the data folder if absent",
+    )
     group.add_argument(
         "--artifact-budget-gib", type=float, help="most the artifact store may hold (20)"
     )
@@ -82,6 +123,9 @@ def own_parser() -> argparse.ArgumentParser:
         "--artifact-dtype",
         choices=get_args(ArtifactDtype),
         help="how KV is written to disk (exact); the others are smaller and approximate",
+    )
+    group.add_argument(
+        "--max-import-gib", type=float, help="largest archive of a cube that is taken in (64)"
     )
     group.add_argument(
         "--allow-portable",
@@ -131,8 +175,7 @@ def configure(args: Namespace, settings: ServerSettings, *, explicit_policy: boo
     args.kv_transfer_config = _transfer_config(
         args.kv_transfer_config, settings, explicit_policy=explicit_policy
     )
-    if MIDDLEWARE not in args.middleware:
-        args.middleware = [*args.middleware, MIDDLEWARE]
+    guard_outermost(args)
     if args.host is None and getattr(args, "uds", None) is None:
         # vLLM would listen on every address.
         args.host = "127.0.0.1"
@@ -199,7 +242,9 @@ def _settings(own: Namespace) -> ServerSettings:
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise ConfigurationError(f"{option}: {first['msg']}") from error
+        # Pydantic's words before those of a check of ours.
+        said = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"{option}: {said}") from error
 
 
 def _use_plugins() -> None:

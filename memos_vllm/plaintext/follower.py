@@ -131,6 +131,11 @@ class Follower:
         if self.complete:
             self._begins_again()
 
+    @property
+    def saved(self) -> int:
+        """The outbox entry up to which everything is durable in the index."""
+        return self._saved_applied
+
     def reached(self, cube_ids: Sequence[str]) -> int:
         """The outbox entry up to which searches of these cubes find everything."""
         applied, ahead = self._applied, self._ahead

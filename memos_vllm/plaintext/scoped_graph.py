@@ -34,7 +34,9 @@ class SearchedCatalog(IndexedCatalog, Protocol):
     def authored(self, scope: Scope, names: Collection[str], seqs: Collection[int]) -> set[int]: ...
     def stored_vectors(self, seqs: Sequence[int], *, embedder: str) -> Mapping[int, bytes]: ...
     def text_bytes(self, seqs: Sequence[int]) -> int: ...
-    def load_found(self, scope: Scope, seqs: Sequence[int]) -> dict[int, Memory]: ...
+    def load_found(
+        self, scope: Scope, seqs: Sequence[int], *, answering: bool
+    ) -> dict[int, Memory]: ...
 
 
 class ScopedGraph:
@@ -90,5 +92,5 @@ class ScopedGraph:
 
     def texts(self, seqs: Sequence[int]) -> Mapping[int, str]:
         self._snapshot.close()
-        found = self._catalog.load_found(self._scope, seqs)
+        found = self._catalog.load_found(self._scope, seqs, answering=False)
         return {seq: memory.text for seq, memory in found.items()}

@@ -28,6 +28,7 @@ from memos_vllm.plaintext.embedders.words_only import WordsOnly
 from memos_vllm.plaintext.follower import Follower
 from memos_vllm.plaintext.index.base import IndexStore
 from memos_vllm.plaintext.indexer import Collections, Indexer
+from memos_vllm.plaintext.purging import Purger
 from memos_vllm.plaintext.rerankers import Reranker
 from memos_vllm.plaintext.retrieval import RankedMemory, Retriever
 from memos_vllm.plaintext.scoped_graph import ScopedGraph, SearchedCatalog
@@ -68,6 +69,7 @@ class PlaintextStore:
         self._steps = _Steps()
         self._collections = Collections(catalog, store, embedder, former_embedder=former_embedder)
         self._indexer = Indexer(self._collections, on_progress=self._steps.note)
+        self._purger = Purger(self._open_collections)
 
     def start(self) -> None:
         """Open the index and follow the catalog, in the background."""
@@ -101,6 +103,9 @@ class PlaintextStore:
             Unavailable: the index or the embedder is down.
         """
         checked_query(query)
+        if self._current() is None and not self.opened:
+            # It was started a moment ago, perhaps after a crash.
+            self._steps.wait_until(lambda: self.opened, catch_up_seconds)
         with self._catalog.snapshot():
             # Asked before the index is: who may not read learns nothing of the index either.
             scope = self._catalog.search_scope(actor, cube_ids)
@@ -133,6 +138,37 @@ class PlaintextStore:
         """
         left = self._left(self._collection(), [cube_id])
         return left.changes + left.memories
+
+    def points_left(self, seqs: Sequence[int], *, entry: int) -> int | None:
+        """How many of these memories the index still has, asked one by one.
+
+        Args:
+            entry: what the outbox had to say of them last.
+        Returns:
+            None as long as a collection has not durably followed up to there.
+        Raises:
+            Unavailable: the index is not open, or down.
+        """
+        self._indexer.wake()
+        self._collection()
+        collections = self._open_collections()
+        if any(one.saved < entry for one in collections):
+            return None
+        return sum(
+            any(found.seq == seq for found in one.index.versions(after=seq - 1, limit=1))
+            for one in collections
+            for seq in seqs
+        )
+
+    def purged(self, entry: int) -> bool | None:
+        """Whether the index's files hold no bytes of what was deleted up to this entry.
+
+        Starts to rewrite them when they do. None where the store does that by itself.
+
+        Raises:
+            Unavailable: what the last try ended with; the next call tries again.
+        """
+        return self._purger.purged(entry)
 
     def problem(self) -> str | None:
         """Why searches fail or the index stands still, None when all is well."""
@@ -193,8 +229,7 @@ class PlaintextStore:
         """The collection that answers; when it fails, the one that is to take its place."""
         asked: list[Follower] = []
         while True:
-            present = (self._collections.serving, self._collections.building)
-            left = [one for one in present if one is not None and one not in asked]
+            left = [one for one in self._open_collections() if one not in asked]
             if not left:
                 return
             asked.append(left[0])
@@ -213,11 +248,15 @@ class PlaintextStore:
                     f"{MAX_ANSWER_BYTES >> 20}; ask for fewer than {query.top_k} memories",
                     param="top_k",
                 )
-        found = self._catalog.load_found(scope, seqs)
+        found = self._catalog.load_found(scope, seqs, answering=True)
         where = query.where
         if where is None:
             return found
         return {seq: one for seq, one in found.items() if matches(where, FilterFields.of(one))}
+
+    def _open_collections(self) -> list[Follower]:
+        present = (self._collections.serving, self._collections.building)
+        return [one for one in present if one is not None]
 
     def _current(self) -> Follower | None:
         return self._collections.serving or self._collections.building

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from memory_server import ENVIRONMENT, OPTIONS, MemoryServer, write_unbaked_cubes
@@ -26,11 +27,13 @@ def launch(
     """Start a server with options of its own, on data that holds `unbaked` cubes."""
     started: list[MemoryServer] = []
 
-    def start(*options: str, unbaked: tuple[str, ...] = ()) -> MemoryServer:
+    def start(
+        *options: str, unbaked: tuple[str, ...] = (), data_dir: Path | None = None
+    ) -> MemoryServer:
         for other in started:
             # Two cores: one server at a time.
             other.close()
-        data_dir = tmp_path_factory.mktemp("data")
+        data_dir = data_dir or tmp_path_factory.mktemp("data")
         write_unbaked_cubes(data_dir, unbaked)
         process = start_server(*OPTIONS, *options, data_dir=data_dir, environment=ENVIRONMENT)
         started.append(MemoryServer(process, data_dir))

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 from prompts import NOTES, QUESTIONS, question_messages
-from yardstick import Asker, Chat, fresh_salt
 
+from memos_vllm.bench.yardstick import Asker, Chat, fresh_salt
 from memos_vllm.control.mos import Mos
 from memos_vllm.domain.access import LOCAL_ADMIN
 from memos_vllm.domain.memory import NewMemory, Tier
@@ -36,11 +36,12 @@ class MemoryServer:
 
     Attributes:
         client: bound to the server's address, which a restart keeps.
+        data_dir: the server's.
     """
 
     def __init__(self, process: ServerProcess, data_dir: Path) -> None:
         self._process = process
-        self._data_dir = data_dir
+        self.data_dir = data_dir
         self.client = httpx.Client(base_url=process.url, trust_env=False, timeout=_REQUEST_SECONDS)
         self.asker = Asker(self.client)
 
@@ -64,7 +65,7 @@ class MemoryServer:
     def wait_until_stored(self, num_artifacts: int) -> None:
         """Wait for saves that chats began: they end after the reply."""
         deadline = time.monotonic() + _STORE_SECONDS
-        manifests = self._data_dir / "artifacts" / "manifests"
+        manifests = self.data_dir / "artifacts" / "manifests"
         while len(list(manifests.glob("*.json"))) < num_artifacts:
             assert time.monotonic() < deadline, "the prefixes were not saved in time"
             time.sleep(0.1)

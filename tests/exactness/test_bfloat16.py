@@ -12,7 +12,17 @@ from collections.abc import Callable, Sequence
 import pytest
 from memory_server import MemoryServer, memory_chats
 from prompts import QUESTIONS, composed_messages
-from yardstick import Answer, Comparison, Yardstick, chance_of, cold, compare, measure, table
+
+from memos_vllm.bench.yardstick import (
+    Answer,
+    Comparison,
+    Yardstick,
+    chance_of,
+    cold,
+    compare,
+    measure,
+    table,
+)
 
 pytestmark = pytest.mark.server
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from memory_server import MemoryServer, memory_chats
 from prompts import QUESTIONS, composed_messages
-from yardstick import MAX_TOKENS, Answer, Chat, cold, compare
+
+from memos_vllm.bench.yardstick import MAX_TOKENS, Answer, Chat, cold, compare
 
 pytestmark = pytest.mark.server
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from yardstick import (
+
+from memos_vllm.bench.yardstick import (
     Answer,
     Comparison,
     Difference,

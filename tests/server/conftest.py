@@ -13,8 +13,9 @@ import pytest
 from memos_vllm.models.prepare import prepare
 from memos_vllm.process import ServerProcess, memos_command, plain_vllm_command
 
-# tests/models.py, which unit tests do not need.
-sys.path.insert(0, str(Path(__file__).parent.parent))
+_TESTS = Path(__file__).parent.parent
+# tests/models.py, which unit tests do not need, and the examples, which are tests as well.
+sys.path[:0] = [str(_TESTS), str(_TESTS.parent / "deploy" / "examples")]
 
 SMALL_MODEL = "smollm2-135m-instruct"
 SERVED_NAME = "smol"
@@ -103,3 +104,5 @@ def http(server: ServerProcess) -> Iterator[httpx.Client]:
 
 
 os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")
+# Ray reads them when it is imported, which the modules of tests do.
+os.environ.update(RAY_AUTH_MODE="token", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")

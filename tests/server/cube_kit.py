@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +75,20 @@ def move(http: httpx.Client, cube_id: str, verb: str, **body: Any) -> dict[str, 
     if body.get("wait"):
         assert job["state"] == "succeeded", job
     return job
+
+
+def keys_command(data_dir: Path, *arguments: str) -> dict[str, Any]:
+    """`memos-vllm keys` on the data folder of a server, which may run."""
+    command = [sys.executable, "-m", "memos_vllm.cli.main", "keys", *arguments, "--json"]
+    done = subprocess.run(
+        [*command, "--data-dir", str(data_dir)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def cube_state(http: httpx.Client, cube_id: str) -> dict[str, Any]:

@@ -285,8 +285,9 @@ def test_a_full_disk_fails_the_bake_and_not_the_chat(
 
 @contextlib.contextmanager
 def no_room_for_artifacts(server: ServerProcess, *, size_bytes: int = 4 << 20) -> Iterator[None]:
-    """No file of any process of this server may grow over 4 MiB: as a full disk, to a save."""
-    processes = processes_of(server)
+    """No file of any process of vLLM may grow over 4 MiB: as a full disk, to a save."""
+    processes = [pid for pid in server.pids() if is_vllm(pid)]
+    assert len(processes) > 2
     for process in processes:
         resource.prlimit(process, resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
     try:
@@ -381,7 +382,7 @@ def test_a_server_that_is_told_to_stop_leaves_nothing_behind(
 ) -> None:
     server = workshop.server
     ask(http, workshop.cubes["good"].id)
-    processes = processes_of(server)
+    processes = server.pids()
     segments = {path for process in processes for path in shared_memory_of(process)}
     assert len(processes) > 1
     assert segments
@@ -454,14 +455,9 @@ def _fingerprint(path: Path) -> str:
 # --- processes -----------------------------------------------------------------------------
 
 
-def processes_of(server: ServerProcess) -> list[int]:
-    """Every process of the server's process group."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):
-            if os.getpgid(int(entry.name)) == server.pid:
-                found.append(int(entry.name))
-    return found
+def is_vllm(process: int) -> bool:
+    command = Path(f"/proc/{process}/cmdline").read_bytes()
+    return b"memos_vllm.engine" in command or command.startswith(b"VLLM::")
 
 
 def is_alive(process: int) -> bool:

@@ -362,6 +362,7 @@ def test_a_promotion_that_can_never_fit_is_a_400_and_changes_nothing(http: httpx
         [5],
         [{}],
         [{"content": "no role"}],
+        [{"author": {"role": "user"}, "content": [{"type": "text", "text": "Harmony's"}]}],
         [{"role": "user", "content": 5}],
         [{"role": "user", "content": "\ud800"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
@@ -577,5 +578,5 @@ def test_the_keys_are_readable_by_their_owner_only(data_dir: Path, cube: str) ->
     keys = list((data_dir / "secrets").iterdir())
 
     assert cube
-    assert len(keys) == 4
+    assert len(keys) == 5
     assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}

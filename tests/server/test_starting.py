@@ -19,13 +19,14 @@ from cube_kit import (
     chat_body,
     client_of,
     cube_state,
+    keys_command,
     make_cube,
     metric,
     promote_all,
 )
 
 from memos_vllm.engine.serve import main
-from memos_vllm.process import ServerProcess
+from memos_vllm.process import ServerFailed, ServerProcess
 
 OWN_BLOCKS = 100
 
@@ -60,9 +61,12 @@ class Stamp:
         (["--host", "::"], "serves only this machine, not ::"),
         (["--host", "example.org"], "serves only this machine"),
         (["--api-key", "secret"], "--api-key guards only part of vLLM's routes"),
+        (["--kv-events-config", '{"enable_kv_cache_events":true}'], "KV events tell everybody's"),
+        (["--allowed-local-media-path", "/"], "--allowed-local-media-path lets every request"),
         (["--grpc"], "gRPC would go past the checks on memory"),
         (["--residency-fraction", "1.5"], "--residency-fraction"),
         (["--artifact-budget-gib", "0"], "--artifact-budget-gib"),
+        (["--artifact-url", "s3://bucket/kv"], "--artifact-url: KV is read through the page cache"),
         (
             ["--kv-transfer-config", '{"kv_connector":"OffloadingConnector","kv_role":"kv_both"}'],
             "the KV connector OffloadingConnector would take the place of memory's",
@@ -155,6 +159,7 @@ def customised(
         "--api-server-count",
         "2",
         "--enable-prompt-tokens-details",
+        data_dir=own_folder / "data",
         environment={
             "PYTHONPATH": os.pathsep.join([str(own_folder), os.environ.get("PYTHONPATH", "")]),
             "OWN_MARKER": str(own_folder / "marker"),
@@ -265,47 +270,78 @@ def test_an_edit_through_one_api_server_is_seen_by_the_other_at_once(
     assert len(versions) == len(tokens) == 1
 
 
+# --- keys, which close that server ---------------------------------------------------------
+
+
+def test_keys_made_on_the_data_folder_close_both_api_servers(
+    http: httpx.Client, customised: ServerProcess, own_folder: Path
+) -> None:
+    theirs, _ = make_cube(http, "before-keys")
+    admin = keys_command(own_folder / "data", "create", "ops")
+    alice = keys_command(own_folder / "data", "create", "alice")
+
+    def statuses(path: str, key: str | None = None) -> set[int]:
+        """On connections of their own, which both API servers take."""
+        sent = {} if key is None else {"Authorization": f"Bearer {key}"}
+        found = set()
+        for _ in range(8):
+            with client_of(customised) as client:
+                found.add(client.get(path, headers=sent).status_code)
+        return found
+
+    assert (admin["admin"], alice["admin"]) == (True, False)
+    for path in ("/v1/models", "/metrics", "/docs", f"/v1/memcubes/{theirs}"):
+        assert statuses(path) == {401}
+        assert statuses(path, "mos_wrong") == {401}
+        assert statuses(path, admin["key"]) == {200}
+    assert statuses("/health") == {200}
+    assert statuses("/v1/models", alice["key"]) == {200}
+    assert statuses(f"/v1/memcubes/{theirs}", alice["key"]) == {404}
+    assert statuses("/is_scaling_elastic_ep", alice["key"]) == {403}
+
+    with client_of(customised) as client:
+        client.headers["Authorization"] = f"Bearer {alice['key']}"
+        mine, _ = make_cube(client, "alices")
+        assert activation(ask(client, mine))["tokens"] > 0
+        unseen = client.post("/v1/chat/completions", json=chat_body(theirs))
+        assert unseen.status_code == 404
+        body = {"prompt": "Hi", "max_tokens": 1}
+        said = set()
+        for name in ("nobody-x", "memos-x"):
+            # vLLM takes the model of /invocations from this header only.
+            sent = {"X-Amzn-SageMaker-Adapter-Identifier": name}
+            for refused in (
+                client.post("/v1/completions", json={**body, "model": name}),
+                client.post("/invocations", json=body, headers=sent),
+            ):
+                said.add((refused.status_code, refused.text.replace(name, "it")))
+        assert [status for status, _ in said] == [404], said
+
+    keys_command(own_folder / "data", "revoke", alice["prefix"])
+    assert statuses("/v1/models", alice["key"]) == {401}
+    assert statuses("/v1/models", admin["key"]) == {200}
+    log = customised.log_path.read_text(errors="replace")
+    assert all(key["key"] not in log for key in (admin, alice))
+
+
 # --- by hand -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def by_hand(
+def test_the_plugin_in_a_server_without_its_control_plane_refuses_to_start(
     start_server: Callable[..., ServerProcess],
     customised: ServerProcess,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[ServerProcess]:
-    """vLLM's own entry point, with the settings that the README shows.
-
-    Without the middleware, which the plugin then adds by itself.
-    """
+    tmp_path: Path,
+) -> None:
     customised.stop()
     connector = {
         "kv_connector": "MemCubeConnector",
         "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"data_dir": str(tmp_path_factory.mktemp("by-hand"))},
+        "kv_connector_extra_config": {"data_dir": str(tmp_path)},
     }
-    server = start_server(
-        "--kv-transfer-config",
-        json.dumps(connector),
-        "--enable-prompt-tokens-details",
-        by_hand=True,
-        environment={"VLLM_PLUGINS": "memos"},
-    )
-    yield server
-    server.stop()
-
-
-def test_a_server_that_was_started_by_hand_works_the_same(by_hand: ServerProcess) -> None:
-    with client_of(by_hand) as http:
-        cube_id, _ = make_cube(http, "by-hand")
-        reply = ask(http, cube_id)
-        elsewhere = http.post("/v1/completions", json={**chat_body(cube_id), "prompt": "Hi"})
-        dropped = ask(http, kv_transfer_params={"a": 1})
-
-        assert activation(reply)["source"] == "resident"
-        assert elsewhere.status_code == 400
-        assert "/v1/chat/completions" in elsewhere.json()["error"]["message"]
-        assert dropped["kv_transfer_params"] is None
-        assert http.get("/health").json()["status"] == "ready"
-        assert http.get("/v1/memos/status").json()["guard"]["transfer_params_dropped"] == 1
+    with pytest.raises(ServerFailed, match="start the server with it instead of `vllm serve`"):
+        start_server(
+            "--kv-transfer-config",
+            json.dumps(connector),
+            by_hand=True,
+            environment={"VLLM_PLUGINS": "memos"},
+        )

@@ -79,23 +79,14 @@ def tricked(
     template = tmp_path_factory.mktemp("template") / "picky.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
     (template.parent / "smuggling.py").write_text(SMUGGLER, encoding="utf-8")
-    connector = {
-        "kv_connector": "MemCubeConnector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"data_dir": str(data_dir)},
-    }
     server = start_server(
-        "--kv-transfer-config",
-        json.dumps(connector),
         "--chat-template",
         str(template),
         "--enable-prompt-tokens-details",
         # The last one named is the first to see a request.
         *("--middleware", "smuggling.Smuggler", "--middleware", MIDDLEWARE),
-        by_hand=True,
+        data_dir=data_dir,
         environment={
-            "VLLM_PLUGINS": "memos",
             "PYTHONPATH": os.pathsep.join([str(template.parent), os.environ.get("PYTHONPATH", "")]),
         },
     )

@@ -1,17 +1,17 @@
-"""A desk for catalog tests: a real SQLite catalog in a temporary folder, and a clock to turn."""
+"""A desk for catalog tests: a real catalog, and a clock to turn."""
 
 from __future__ import annotations
 
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+
+from databases import SQLITE, Database, Rows
+from sqlalchemy import make_url
 
 from memos_vllm.control.catalog import Catalog
 from memos_vllm.control.mos import Mos
@@ -42,18 +42,21 @@ class Clock:
 
 @dataclass
 class Desk:
-    """A Mos, its clock and its file."""
+    """A Mos, its clock and its database."""
 
-    path: Path
+    url: str
     clock: Clock = field(default_factory=Clock)
+    database: Database = SQLITE
     mos: Mos = field(init=False)
 
     def __post_init__(self) -> None:
         self.mos = self._open()
 
     @property
-    def url(self) -> str:
-        return f"sqlite:///{self.path}"
+    def path(self) -> Path:
+        """SQLite's file."""
+        assert self.database is SQLITE
+        return Path(str(make_url(self.url).database))
 
     def _open(self) -> Mos:
         catalog = Catalog.open(self.url, busy_timeout_seconds=5.0)
@@ -120,42 +123,26 @@ class Desk:
             )
         return Principal(PrincipalId(name))
 
-    def sql(self, *statements: str) -> list[tuple[object, ...]]:
+    def sql(self, *statements: str) -> Rows:
         """Run SQL behind the catalog's back; the rows of the last statement."""
-        with closing(sqlite3.connect(self.path)) as connection, connection:
-            rows: list[tuple[object, ...]] = []
-            for statement in statements:
-                rows = connection.execute(statement).fetchall()
-            return rows
+        return self.database.sql(self.url, *statements)
 
-    def bytes_on_disk(self) -> bytes:
-        """Everything in the catalog's folder: file, log and index."""
-        return b"".join(path.read_bytes() for path in sorted(self.path.parent.iterdir()))
-
-
-@cache
-def _migrated() -> bytes:
-    """An empty catalog; migrating one takes longer than most tests."""
-    with TemporaryDirectory(prefix="memos-empty-") as folder:
-        path = Path(folder) / "catalog.sqlite"
-        Catalog.open(f"sqlite:///{path}").close()
-        return path.read_bytes()
+    def stored_bytes(self) -> bytes:
+        """All that the catalog stores."""
+        return self.database.contents(self.url)
 
 
 @contextmanager
-def open_desk(folder: Path, *, cube: bool = True) -> Iterator[Desk]:
-    """A desk in `folder`, with an empty cube `c`."""
-    path = folder / "catalog" / "catalog.sqlite"
-    path.parent.mkdir(mode=0o700)
-    path.touch(mode=0o600)
-    path.write_bytes(_migrated())
-    desk = Desk(path)
+def open_desk(folder: Path, database: Database = SQLITE, *, cube: bool = True) -> Iterator[Desk]:
+    """A desk over the catalog of `folder`, with an empty cube `c`."""
+    desk = Desk(database.create(folder), database=database)
     if cube:
         desk.mos.create_cube(ADMIN, cube_id="c")
     try:
         yield desk
     finally:
         desk.mos.close()
+        database.remove(desk.url)
 
 
 def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:

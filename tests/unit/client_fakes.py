@@ -59,6 +59,18 @@ def memory_json(memory_id: str = "mem_1", **changes: object) -> dict[str, object
     }
 
 
+def erased_json(memory_id: str) -> dict[str, Any]:
+    return {
+        "id": memory_id,
+        "object": "memory",
+        "cube_id": "acme",
+        "erased": True,
+        "versions_removed": 2,
+        "derived": ["mem_2"],
+        "job_id": "job_1",
+    }
+
+
 def job_json(state: str, **changes: object) -> dict[str, object]:
     return {
         "id": "job_1",

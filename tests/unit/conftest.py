@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from databases import SQLITE, Database, Postgres, running_postgres, why_no_postgres
 
 DEVICE = os.environ.get("MEMOS_TEST_DEVICE", "cpu")
 
@@ -30,3 +31,21 @@ def on_device() -> Iterator[torch.device]:
     """Tensors are made where the kernels run."""
     with torch.device(DEVICE) as device:
         yield device
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A private PostgreSQL server."""
+    if (reason := why_no_postgres()) is not None:
+        pytest.skip(reason)
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """Each database that the catalog runs on."""
+    if request.param == SQLITE.name:
+        return SQLITE
+    server: Postgres = request.getfixturevalue("postgres")
+    return server

@@ -244,6 +244,10 @@ class FakeIndex:
     def optimizing(self) -> bool:
         return False
 
+    def purge(self) -> bool:
+        with self._call():
+            return True
+
     def close(self) -> None:
         if not self._closed:
             self._keep(len(self._unflushed))

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from api_harness import Served, error_of, serve
 from api_plaintext_kit import Part, form, grant, new_cube, post_form, unchanged, upload
+from databases import Database
 from ingest_samples import docx, pdf, pdf_with, word_paragraph
 
 from memos_vllm.api import documents
@@ -38,8 +39,10 @@ MIB = 1 << 20
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    async with serve(tmp_path_factory.mktemp("documents")) as opened:
+async def served(
+    tmp_path_factory: pytest.TempPathFactory, database: Database
+) -> AsyncIterator[Served]:
+    async with serve(tmp_path_factory.mktemp("documents"), database) as opened:
         yield opened
 
 
@@ -405,7 +408,7 @@ async def test_a_chunk_under_a_label_is_kept_and_not_shown_to_who_lacks_it(
     url = f"/v1/memcubes/{cube}/memories/{secret['id']}"
     body = {"text": "The safe's code is 4711.", "labels": ["hr"]}
     assert (await served.client.patch(url, json=body)).status_code == 200
-    editor = grant(served, cube, Role.EDITOR)
+    editor = grant(served, cube, Role.EDITOR, "mine")
     same = await put(served, cube, HANDBOOK, headers=editor)
     edited = await put(served, cube, HANDBOOK.replace("five", "six"), headers=editor, labels="mine")
     for reply in (same, edited):

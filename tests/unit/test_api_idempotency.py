@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from api_harness import Served, build_app, error_of, serve
+from databases import Database
 
 from memos_vllm.errors import Unavailable
 
@@ -19,8 +20,8 @@ KEY = {"idempotency-key": "once"}
 
 
 @pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serve(tmp_path) as opened:
+async def served(tmp_path: Path, database: Database) -> AsyncIterator[Served]:
+    async with serve(tmp_path, database) as opened:
         await opened.cube()
         yield opened
 
@@ -159,10 +160,12 @@ async def test_a_key_that_is_no_key_is_refused(served: Served, key: str) -> None
     assert await count(served) == 0
 
 
-async def test_a_kept_answer_survives_a_restart(served: Served, tmp_path: Path) -> None:
+async def test_a_kept_answer_survives_a_restart(
+    served: Served, tmp_path: Path, database: Database
+) -> None:
     first = await served.client.post(URL, json=BODY, headers=KEY)
     served.mos.close()
-    async with serve(tmp_path) as reopened:
+    async with serve(tmp_path, database) as reopened:
         again = await reopened.client.post(URL, json=BODY, headers=KEY)
         assert json.loads(again.content) == first.json()
         assert await count(reopened) == 2

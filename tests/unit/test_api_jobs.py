@@ -42,7 +42,7 @@ async def test_promote_without_wait_answers_202_with_the_job_and_wakes_the_worke
     job = reply.json()
     assert set(job) == {
         "id", "object", "cube_id", "kind", "state", "progress", "message", "error",
-        "created_at", "updated_at",
+        "proofs", "created_at", "updated_at",
     }  # fmt: skip
     assert (job["object"], job["kind"], job["state"]) == ("job", "bake", "queued")
     assert served.gateway.wakes == 1

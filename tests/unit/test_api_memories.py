@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from api_harness import Served, error_of, serve
+from databases import Database
 
 URL = "/v1/memcubes/acme/memories"
 
 
 @pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serve(tmp_path) as opened:
+async def served(tmp_path: Path, database: Database) -> AsyncIterator[Served]:
+    async with serve(tmp_path, database) as opened:
         await opened.cube()
         yield opened
 
@@ -23,10 +24,6 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
 async def count(served: Served) -> int:
     page = (await served.client.get(URL, params={"limit": 1000})).json()
     return len(page["data"])
-
-
-def files_holding(folder: Path, needle: bytes) -> list[Path]:
-    return [path for path in folder.iterdir() if needle in path.read_bytes()]
 
 
 async def test_a_memory_has_exactly_the_fields_of_the_contract(served: Served) -> None:
@@ -343,7 +340,9 @@ async def test_archive_and_restore_are_each_legal_once(served: Served) -> None:
     assert (await served.client.post(f"{url}/archive")).json()["state"] == "archived"
 
 
-async def test_erasing_leaves_no_word_of_the_text_anywhere(served: Served, tmp_path: Path) -> None:
+async def test_erasing_leaves_no_word_of_the_text_anywhere(
+    served: Served, tmp_path: Path, database: Database
+) -> None:
     secret = "zanzibarquartz"
     memory = (await served.memories(f"the code is {secret}"))[0]
     url = f"{URL}/{memory['id']}"
@@ -353,11 +352,15 @@ async def test_erasing_leaves_no_word_of_the_text_anywhere(served: Served, tmp_p
     erased = reply.json()
     assert (erased["id"], erased["deleted"], erased["erased"]) == (memory["id"], True, True)
     assert erased["versions_removed"] == 2
+    job = (await served.client.get(f"/v1/jobs/{erased['job_id']}")).json()
+    assert (job["kind"], job["state"], job["proofs"]) == ("erase", "queued", [])
+    assert secret not in str(job)
+    error_of(await served.client.delete(f"/v1/jobs/{job['id']}"), 409)
     error_of(await served.client.get(url), 404)
     error_of(await served.client.get(f"{url}/history"), 404)
     audit = (await served.client.get("/v1/memcubes/acme/audit")).text
     assert secret not in audit
-    assert files_holding(tmp_path, secret.encode()) == []
+    assert secret.encode() not in database.contents(database.create(tmp_path))
 
 
 @pytest.mark.parametrize("query", ["erased=true", "erase=maybe", "erase=", "erase=true&x=1"])

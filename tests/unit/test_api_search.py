@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import threading
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import pytest
 import pytest_asyncio
 from api_harness import FakeGateway, Served, build_app, error_of, serve
 from api_plaintext_kit import grant, new_cube, unchanged
+from databases import Database
 from model_server import running_server
 
 from memos_vllm.config import ServerSettings
@@ -28,8 +30,10 @@ CARDS = "Gift cards never expire."
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    async with serve(tmp_path_factory.mktemp("search"), search=True) as opened:
+async def served(
+    tmp_path_factory: pytest.TempPathFactory, database: Database
+) -> AsyncIterator[Served]:
+    async with serve(tmp_path_factory.mktemp("search"), database, search=True) as opened:
         await asyncio.to_thread(opened.plaintext.wait_until_indexed, "none", seconds=20)
         yield opened
 
@@ -325,10 +329,11 @@ async def test_searches_that_wait_leave_the_catalog_free(
 
 
 async def test_without_an_index_searches_are_503_and_memories_are_added_all_the_same(
-    served: Served, cube: str, tmp_path: Path
+    served: Served, cube: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Never started: it says what one says whose index is down.
     down = open_plaintext(ServerSettings(data_dir=tmp_path, embedder="none"), served.mos)
+    monkeypatch.setattr(down, "search", functools.partial(down.search, catch_up_seconds=0.1))
     app = build_app(lambda: served.mos, FakeGateway, lambda: down)
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:

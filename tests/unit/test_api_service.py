@@ -161,7 +161,19 @@ def test_the_error_table_and_body_keep_their_shape() -> None:
 
 
 ROUTES = {
+    ("put", "/v1/memcubes/{cube_id}/grants/{principal}"),
+    ("delete", "/v1/memcubes/{cube_id}/grants/{principal}"),
+    ("get", "/v1/memcubes/{cube_id}/grants"),
+    ("get", "/v1/memcubes/{cube_id}/audit/export"),
+    ("get", "/v1/audit"),
+    ("get", "/v1/audit/export"),
     ("post", "/v1/memcubes/{cube_id}/merge"),
+    ("post", "/v1/memcubes/{cube_id}/keep"),
+    ("get", "/v1/memcubes/{cube_id}/export"),
+    ("post", "/v1/memcubes/import"),
+    ("post", "/v1/memcubes/{cube_id}/clone"),
+    ("post", "/v1/memcubes/{cube_id}/move"),
+    ("get", "/v1/memcubes/{cube_id}/diff"),
     ("post", "/v1/memcubes"),
     ("get", "/v1/memcubes"),
     ("get", "/v1/memcubes/{cube_id}"),
@@ -188,6 +200,10 @@ ROUTES = {
     ("get", "/v1/jobs/{job_id}/events"),
     ("get", "/v1/memcubes/{cube_id}/audit"),
     ("get", "/v1/audit/verify"),
+    ("post", "/v1/keys"),
+    ("get", "/v1/keys"),
+    ("delete", "/v1/keys/{key_id}"),
+    ("get", "/v1/principals/me"),
     ("get", "/v1/memos/status"),
     ("get", "/health"),
 }

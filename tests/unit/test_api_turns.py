@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from api_harness import Served, error_of, serve
 from api_plaintext_kit import grant, new_cube, unchanged
+from databases import Database
 
 from memos_vllm.domain.access import Role
 
@@ -20,8 +21,10 @@ ANSWERED = {"role": "assistant", "content": "Which order is it?"}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    async with serve(tmp_path_factory.mktemp("turns")) as opened:
+async def served(
+    tmp_path_factory: pytest.TempPathFactory, database: Database
+) -> AsyncIterator[Served]:
+    async with serve(tmp_path_factory.mktemp("turns"), database) as opened:
         yield opened
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, KEY, Desk, open_desk
+from databases import Database
 
 from memos_vllm.control.mos import CubePatch, Mos
 from memos_vllm.domain.access import Principal, Role
 from memos_vllm.domain.ids import PrincipalId
 from memos_vllm.domain.memory import Edge, MemoryPatch, NewMemory, Tier
-from memos_vllm.errors import NotFound
+from memos_vllm.errors import Forbidden, NotFound
 
 STRANGER = Principal(PrincipalId("stranger"))
 Call = Callable[[Mos, Principal, str], object]
@@ -51,8 +52,8 @@ EVERYTHING = SEES + READS + AUDITS + WRITES + MANAGES
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 
@@ -121,3 +122,20 @@ def test_a_labelled_memory_shows_in_nothing_without_a_grant_for_every_label(desk
                     read(who, "c", secret.id)
     with pytest.raises(NotFound):
         desk.mos.add_memories(readers["some"], "c", [NewMemory("x", edges=(Edge("n", secret.id),))])
+
+
+@pytest.mark.parametrize("cube_id", ["user.ann", "agent.ann"])
+def test_nobody_makes_a_cube_that_is_called_after_somebody_else(desk: Desk, cube_id: str) -> None:
+    ann, ben = (Principal(PrincipalId(name)) for name in ("ann", "ben"))
+    desk.mos.create_cube(ben, cube_id="plain")
+    for make in (
+        lambda: desk.mos.create_cube(ben, cube_id=cube_id),
+        lambda: desk.mos.clone_cube(ben, "plain", cube_id),
+    ):
+        with pytest.raises(Forbidden):
+            make()
+    assert desk.mos.create_cube(ann, cube_id=cube_id).owner == "ann"
+    # Whether it is there, ben is not told.
+    with pytest.raises(Forbidden):
+        desk.mos.create_cube(ben, cube_id=cube_id)
+    desk.mos.create_cube(ADMIN, cube_id=cube_id.replace("ann", "cid"))

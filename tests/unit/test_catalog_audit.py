@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 from catalog_kit import ADMIN, KEY, Desk, open_desk
+from databases import SQLITE, Database
 
+from memos_vllm.cli.audit import verify_file
+from memos_vllm.control import log
 from memos_vllm.control.mos import CubePatch
 from memos_vllm.domain.audit import AuditProblem
 from memos_vllm.domain.job import JobState
@@ -19,15 +24,19 @@ SECRET = "xyzzy"
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 
 def unsealed(desk: Desk, *statements: str) -> None:
     """Tamper as someone who can drop triggers."""
-    names = [name for (name,) in desk.sql("SELECT name FROM sqlite_master WHERE type='trigger'")]
-    desk.sql(*[f"DROP TRIGGER {name}" for name in names], *statements)
+    if desk.database is SQLITE:
+        found = desk.sql("SELECT name FROM sqlite_master WHERE type='trigger'")
+        triggers = [name for (name,) in found]
+    else:
+        triggers = ["audit_refuses_change ON audit"]
+    desk.sql(*[f"DROP TRIGGER {trigger}" for trigger in triggers], *statements)
 
 
 def do_everything(desk: Desk) -> None:
@@ -102,14 +111,23 @@ def test_entries_come_newest_first_in_pages_and_by_cube(desk: Desk) -> None:
         "UPDATE audit SET details = '{}'",
         "DELETE FROM audit WHERE seq = 2",
         "DELETE FROM audit",
-        "INSERT OR REPLACE INTO audit SELECT 1, at, 'x', action, cube_id, subject, details, "
-        "previous_hash, hash FROM audit WHERE seq = 1",
+        {
+            "sqlite": "INSERT OR REPLACE INTO audit SELECT 1, at, 'x', action, cube_id, subject, "
+            "details, previous_hash, hash FROM audit WHERE seq = 1",
+            "postgresql": "INSERT INTO audit SELECT * FROM audit WHERE seq = 1 "
+            "ON CONFLICT (seq) DO UPDATE SET actor = 'x'",
+        },
+        {"sqlite": "DELETE FROM audit WHERE seq > 0", "postgresql": "TRUNCATE audit CASCADE"},
     ],
 )
-def test_the_database_itself_refuses_to_change_a_row(desk: Desk, statement: str) -> None:
+def test_the_database_itself_refuses_to_change_a_row(
+    desk: Desk, statement: str | dict[str, str]
+) -> None:
+    if isinstance(statement, dict):
+        statement = statement[desk.database.name]
     desk.add("one")
     before = desk.sql("SELECT * FROM audit")
-    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+    with pytest.raises((sqlite3.IntegrityError, psycopg.Error), match="append-only"):
         desk.sql(statement)
     assert desk.sql("SELECT * FROM audit") == before
 
@@ -170,7 +188,7 @@ def test_a_row_removed_with_the_rest_numbered_anew_is_noticed(desk: Desk) -> Non
 
 
 def test_a_row_appended_behind_the_back_of_the_log_is_named(desk: Desk) -> None:
-    unsealed(desk, "UPDATE audit_head SET seq = 0, hash = printf('%064d', 0)")
+    unsealed(desk, f"UPDATE audit_head SET seq = 0, hash = '{'0' * 64}'")
     verdict = desk.mos.verify_audit()
     assert (verdict.bad_seq, verdict.problem) == (1, AuditProblem.OUT_OF_PLACE)
 
@@ -183,3 +201,68 @@ def test_the_end_of_a_job_is_in_the_log_with_its_state(desk: Desk) -> None:
     entry = desk.mos.audit_entries(ADMIN).items[0]
     assert (entry.action, entry.actor, entry.subject) == ("job.finish", "system", job.id)
     assert entry.details == {"attempts": 1, "state": "failed"}
+
+
+def exported(desk: Desk, tmp_path: Path) -> Path:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"".join(desk.mos.export_audit(ADMIN)))
+    return path
+
+
+def test_an_exported_log_is_verified_without_the_catalog(desk: Desk, tmp_path: Path) -> None:
+    do_everything(desk)
+    path = exported(desk, tmp_path)
+    assert verify_file(path) == desk.mos.verify_audit()
+    lines = path.read_text().splitlines(keepends=True)
+    for kept, bad_seq, problem in (
+        ([*lines[:2], *lines[3:]], 3, AuditProblem.MISSING),
+        ([*lines[:-2], lines[-1]], len(lines) - 1, AuditProblem.MISSING),
+        ([lines[1], lines[0], *lines[2:]], 1, AuditProblem.MISSING),
+        ([lines[0].replace("local", "other"), *lines[1:]], 1, AuditProblem.ALTERED),
+    ):
+        path.write_text("".join(kept))
+        verdict = verify_file(path)
+        assert (verdict.ok, verdict.bad_seq, verdict.problem) == (False, bad_seq, problem)
+    for kept in (lines[:-1], [], [*lines[:3], lines[3][:20]], ["[]\n"], ["{}\n"], ["[" * 99999]):
+        path.write_text("".join(kept))
+        with pytest.raises(MemosError):
+            verify_file(path)
+
+
+def test_an_export_of_what_was_tampered_with_says_what_is_there(desk: Desk, tmp_path: Path) -> None:
+    desk.add("one")
+    unsealed(desk, "UPDATE audit SET details = '{\"a\": ' WHERE seq = 2")
+    verdict = verify_file(exported(desk, tmp_path))
+    assert (verdict.bad_seq, verdict.problem) == (2, AuditProblem.ALTERED)
+    assert desk.mos.audit_entries(ADMIN).items[0].details == {"unreadable": '{"a": '}
+
+
+def test_a_log_longer_than_one_read_is_verified_and_exported_in_parts(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "_ROWS_AT_ONCE", 2)
+    for number in range(4):
+        desk.add(f"m{number}")
+    assert desk.mos.verify_audit().entries == 5
+    assert len(list(desk.mos.export_audit(ADMIN))) == 4
+    assert verify_file(exported(desk, tmp_path)).entries == 5
+
+
+def test_a_log_is_verified_while_others_write(desk: Desk) -> None:
+    desk.add("one")
+    with desk.mos._catalog.write():
+        assert desk.mos.verify_audit().ok
+    parts = desk.mos.export_audit(ADMIN)
+    next(parts)
+    desk.add("two")
+    assert json.loads(list(parts)[-1])["seq"] == 2
+
+
+def test_a_row_before_the_first_is_named(desk: Desk) -> None:
+    unsealed(
+        desk,
+        "INSERT INTO audit SELECT -5, at, actor, action, cube_id, subject, details, "
+        "previous_hash, hash FROM audit",
+    )
+    verdict = desk.mos.verify_audit()
+    assert (verdict.ok, verdict.bad_seq) == (False, -5)

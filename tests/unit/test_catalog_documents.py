@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, KEY, Desk, open_desk
+from databases import Database
 
 from memos_vllm.domain.document import DocumentOutcome, NewChunk, NewDocument, StoredDocument
 from memos_vllm.domain.memory import MemoryPatch, MemoryState
@@ -19,8 +20,8 @@ THIRD = "Gift cards never expire and can be used online."
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 

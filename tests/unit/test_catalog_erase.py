@@ -9,16 +9,21 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, KEY, Desk, open_desk
+from databases import Database
 
-from memos_vllm.domain.memory import Edge, MemoryPatch, Source, Tier
+from memos_vllm.control.erasing import order_of
+from memos_vllm.control.idempotency import forget_replies
+from memos_vllm.domain.erasure import ErasureOrder, Removed
+from memos_vllm.domain.job import JobKind, JobState
+from memos_vllm.domain.memory import Edge, MemoryPatch, Source
 from memos_vllm.errors import ConfigurationError, Conflict, NotFound
 
 WORDS = ("quicksilver", "brimstone", "vitriol")
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 
@@ -29,10 +34,10 @@ def test_no_version_tag_title_or_reason_of_an_erased_memory_is_on_the_disk(
     (memory,) = desk.add(f"{WORDS[0]} " * length, tags=(WORDS[1],), source=Source(title=WORDS[2]))
     desk.mos.update_memory(ADMIN, "c", memory.id, MemoryPatch(text="new", reason=WORDS[0]))
     (kept,) = desk.add("kept text", edges=(Edge("next", memory.id),))
-    assert all(word.encode() in desk.bytes_on_disk() for word in WORDS)
+    assert all(word.encode() in desk.stored_bytes() for word in WORDS)
     erased = desk.mos.erase_memory(ADMIN, "c", memory.id, tombstone_key=KEY)
-    assert (erased.versions, erased.epoch, erased.log_truncated) == (2, 2, True)
-    left = desk.bytes_on_disk()
+    assert (erased.versions, erased.epoch) == (2, 2)
+    left = desk.stored_bytes()
     assert not any(word.encode() in left for word in WORDS)
     assert b"kept text" in left
     assert desk.mos.get_memory(ADMIN, "c", kept.id).edges == ()
@@ -82,8 +87,8 @@ def test_erasing_empties_the_stored_replies_that_name_the_memory(desk: Desk) -> 
     desk.mos.store_reply(ADMIN, "k1", "digest-1", 201, body)
     desk.mos.store_reply(ADMIN, "k2", "digest-2", 201, b'{"id": "other"}')
     desk.mos.erase_memory(ADMIN, "c", memory.id, tombstone_key=KEY)
-    assert WORDS[0].encode() not in desk.bytes_on_disk()
-    assert b"digest-1" not in desk.bytes_on_disk()
+    assert WORDS[0].encode() not in desk.stored_bytes()
+    assert b"digest-1" not in desk.stored_bytes()
     # Repeating the request must not bring the memory back.
     with pytest.raises(Conflict, match="erased"):
         desk.mos.idempotent_reply(ADMIN, "k1", "digest-1")
@@ -97,29 +102,47 @@ def test_erasing_without_a_key_is_refused_before_anything_is_lost(desk: Desk) ->
     assert desk.mos.get_memory(ADMIN, "c", memory.id) == memory
 
 
-def test_an_erased_text_is_not_kept_by_this_process(desk: Desk) -> None:
-    (memory,) = desk.add("one")
-    desk.mos.promote(ADMIN, "c", to=Tier.ACTIVATION)
-    desk.shot()
-    desk.mos.erase_memory(ADMIN, "c", memory.id, tombstone_key=KEY)
-    assert "c" not in desk.mos._snapshots
+@pytest.mark.parametrize("more", [0, 20])
+def test_only_replies_that_name_what_was_erased_are_emptied(desk: Desk, more: int) -> None:
+    # Few names are looked for by the database, many by us.
+    names = ["mem_a", *[f"mem_{number}" for number in range(more)]]
+    desk.mos.store_reply(ADMIN, "k1", "d", 201, b'{"data": [{"id": "mem_a"}]}')
+    desk.mos.store_reply(ADMIN, "k2", "d", 201, b'{"id": "mem_ab", "text": "mem_a"}')
+    desk.mos.store_reply(ADMIN, "k3", "d", 201, b'{"id": "mem_b", "text": "of mem_a"}')
+    with desk.mos._catalog.write() as session:
+        assert forget_replies(session, naming=names) == 2
+    # A text that is nothing but the id counts as naming it.
+    for key in ("k1", "k2"):
+        with pytest.raises(Conflict, match="erased"):
+            desk.mos.idempotent_reply(ADMIN, key, "d")
+    assert desk.mos.idempotent_reply(ADMIN, "k3", "d") is not None
 
 
-def test_a_reader_that_holds_on_to_the_log_is_reported_and_the_erasure_stands(
-    tmp_path: Path,
+def test_an_erase_queues_its_job_with_it_and_the_rewrite_looks_at_every_table(desk: Desk) -> None:
+    (memory,) = desk.add(f"the word is {WORDS[0]}", tags=("t",))
+    erased = desk.mos.erase_memory(ADMIN, "c", memory.id, tombstone_key=KEY)
+    job = desk.mos.get_job(ADMIN, erased.job)
+    assert (job.kind, job.state, job.created_by) == (JobKind.ERASE, JobState.QUEUED, ADMIN.id)
+    order = order_of(job)
+    assert [name for _, name in order.memories] == [memory.id]
+    assert order.scopes == (("c", 1),)
+    assert order.counts[Removed.TEXT] == 1
+    assert WORDS[0] not in str(job.payload)
+    assert desk.mos.traces_of(job.id, order) == {}
+    assert desk.mos.rewrite_files(order.entry)
+    if desk.database.name != "sqlite":
+        vacuumed = desk.sql("SELECT relname FROM pg_stat_user_tables WHERE vacuum_count > 0")
+        names = {name for (name,) in vacuumed}
+        assert {"memories", "memory_versions", "memory_vectors", "idempotency"} <= names
+        assert "PostgreSQL's own log" in desk.mos.rewrites_how
+
+
+def test_traces_of_a_memory_that_is_there_are_found_in_every_table_that_has_them(
+    desk: Desk,
 ) -> None:
-    from memos_vllm.control.catalog import Catalog
-
-    with open_desk(tmp_path) as desk:
-        (memory,) = desk.add(WORDS[0])
-        desk.mos.close()
-        impatient = Catalog.open(desk.url, busy_timeout_seconds=0.05)
-        desk.mos._catalog = impatient
-        with impatient.engine.connect() as reader:
-            reader.exec_driver_sql("SELECT * FROM memories").all()
-            erased = desk.mos.erase_memory(ADMIN, "c", memory.id, tombstone_key=KEY)
-        assert not erased.log_truncated
-        with pytest.raises(NotFound):
-            desk.mos.get_memory(ADMIN, "c", memory.id)
-        assert impatient.scrub()
-        assert WORDS[0].encode() not in desk.bytes_on_disk()
+    (memory, _other) = desk.add("one", "two", tags=("t",))
+    desk.mos.store_reply(ADMIN, "k", "d", 201, f'{{"id": "{memory.id}"}}'.encode())
+    (seq,) = desk.sql(f"SELECT seq FROM memories WHERE id = '{memory.id}'")[0]
+    order = ErasureOrder(((seq, memory.id),), (), 0)
+    found = desk.mos.traces_of("job_1", order)
+    assert found == {"memories": 2, "memory_versions": 1, "memory_tags": 1, "idempotency": 1}

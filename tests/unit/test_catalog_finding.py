@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, START, Desk, open_desk
+from databases import Database
 
 from memos_vllm.domain.access import Principal, Role
 from memos_vllm.domain.fact import NewFact
@@ -21,8 +22,8 @@ from memos_vllm.errors import NotFound
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 
@@ -117,9 +118,9 @@ def test_only_what_is_true_now_is_loaded(desk: Desk) -> None:
     desk.clock.advance(10)
     asked = seqs(desk, kept, archived, expired, secret, late)
     reader = desk.grant("reader", Role.READER)
-    found = desk.mos.load_found(scope(desk, reader), [*asked, 999])
+    found = desk.mos.load_found(scope(desk, reader), [*asked, 999], answering=True)
     assert sorted(memory.text for memory in found.values()) == ["expired", "kept"]
-    found = desk.mos.load_found(scope(desk), asked)
+    found = desk.mos.load_found(scope(desk), asked, answering=True)
     assert sorted(memory.text for memory in found.values()) == ["expired", "kept", "secret"]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, Desk, open_desk
+from databases import Database
 
 from memos_vllm.control.mos import StoredReply
 from memos_vllm.domain.access import Principal
@@ -17,8 +18,8 @@ ANN = Principal(PrincipalId("ann"))
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 
@@ -70,32 +71,3 @@ def test_a_reserved_key_is_held_until_answered_released_or_forgotten(desk: Desk)
 def test_an_unusable_key_is_refused(desk: Desk, key: str) -> None:
     with pytest.raises(InvalidRequest, match="Idempotency-Key"):
         desk.mos.idempotent_reply(ADMIN, key, "f")
-
-
-def test_a_change_and_its_answer_are_committed_together_or_not_at_all(desk: Desk) -> None:
-    def create() -> StoredReply:
-        desk.mos.create_cube(ADMIN, cube_id="acme")
-        # What the transaction changed so far is there for its own reads.
-        found = desk.mos.get_cube(ADMIN, "acme")
-        assert cubes() == {"c"}
-        if fails:
-            raise RuntimeError("killed here")
-        return StoredReply(201, found.id.encode())
-
-    def cubes() -> set[str]:
-        """As another process sees them."""
-        return {cube.id for cube in other.mos.list_cubes(ADMIN).items}
-
-    other, fails = Desk(desk.path, desk.clock), True
-    with pytest.raises(RuntimeError, match="killed here"):
-        desk.mos.answer_once(ADMIN, "k", "f", create)
-    assert cubes() == {"c"}
-    assert desk.mos.idempotent_reply(ADMIN, "k", "f") is None
-    fails = False
-    assert desk.mos.answer_once(ADMIN, "k", "f", create) == StoredReply(201, b"acme")
-    assert other.mos.idempotent_reply(ADMIN, "k", "f") == StoredReply(201, b"acme")
-    assert cubes() == {"c", "acme"}
-    # Repeated, `create` would raise Conflict.
-    assert desk.mos.answer_once(ADMIN, "k", "f", create) == StoredReply(201, b"acme")
-    assert desk.mos.verify_audit().ok
-    other.mos.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from catalog_kit import ADMIN, KEY, Desk, open_desk
+from databases import Database
 
 from memos_vllm.domain.indexing import DerivedMemory, IndexBacklog
 from memos_vllm.domain.memory import Memory, MemoryPatch, Tier
@@ -17,8 +18,8 @@ INDEX = "words-v1"
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         opened.mos.start_index(INDEX, embedder="words", dimension=2, anew=True)
         opened.mos.end_walk(INDEX)
         yield opened

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, Desk, open_desk, start_python
+from databases import Database
 
 from memos_vllm.control.jobs import MAX_ATTEMPTS
 from memos_vllm.domain.job import Job, JobState
@@ -15,8 +16,8 @@ from memos_vllm.errors import Conflict, NotFound
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 
@@ -132,3 +133,26 @@ def test_jobs_are_listed_newest_first_in_pages(desk: Desk) -> None:
     assert [job.id for job in desk.mos.list_jobs(ADMIN, cube_id="n1").items] == [ids[1]]
     with pytest.raises(NotFound):
         desk.mos.list_jobs(ADMIN, cube_id="nope")
+
+
+def test_a_claim_reads_one_job_however_many_wait(desk: Desk) -> None:
+    from sqlalchemy import event
+
+    from memos_vllm.control.tables import JobRow
+
+    for number in range(5):
+        desk.mos.create_cube(ADMIN, cube_id=f"d{number}")
+        desk.add("one", cube_id=f"d{number}")
+        desk.promote(cube_id=f"d{number}")
+    loaded: list[object] = []
+
+    def on_load(row: JobRow, _: object) -> None:
+        loaded.append(row)
+
+    event.listen(JobRow, "load", on_load)
+    try:
+        job = desk.mos.claim_job("w", lease_seconds=30)
+    finally:
+        event.remove(JobRow, "load", on_load)
+    assert job is not None
+    assert (job.cube_id, len(loaded)) == ("d0", 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, Desk, open_desk
+from databases import Database
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +24,8 @@ from memos_vllm.errors import Conflict, InvalidRequest, NotFound, StaleVersion
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 

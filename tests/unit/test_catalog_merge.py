@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, KEY, START, Desk, open_desk
+from databases import Database
 
 from memos_vllm.domain.access import Role
 from memos_vllm.domain.fact import NewFact
@@ -17,8 +18,8 @@ from memos_vllm.errors import Conflict, InvalidRequest, NotFound, TooLarge
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 
@@ -108,7 +109,7 @@ def test_erasing_takes_along_what_was_derived_over_any_number_of_steps(desk: Des
     for memory in (secret, first, second):
         with pytest.raises(NotFound):
             desk.mos.get_memory(ADMIN, "c", memory.id)
-    assert b"quicksilver" not in desk.bytes_on_disk()
+    assert b"quicksilver" not in desk.stored_bytes()
     # What they were made of besides is there still, and can be restored.
     assert desk.mos.restore_memory(ADMIN, "c", kept.id).text == "kept three"
     subjects = {
@@ -125,7 +126,7 @@ def test_erasing_a_turn_takes_the_facts_read_out_of_it(desk: Desk) -> None:
     (fact,) = desk.mos.add_facts(ADMIN, "c", [NewFact("Ada lives in York.")], turn_ids=[turn.id])
     erased = desk.mos.erase_memory(ADMIN, "c", turn.id, tombstone_key=KEY)
     assert erased.derived == (fact.id,)
-    assert b"York" not in desk.bytes_on_disk()
+    assert b"York" not in desk.stored_bytes()
 
 
 def test_who_may_not_see_what_was_derived_is_not_told_of_it_and_it_goes_all_the_same(

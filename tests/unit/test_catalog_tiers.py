@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, KEY, Desk, open_desk
+from databases import Database
 
 from memos_vllm.domain.artifact import ActivationState
 from memos_vllm.domain.job import JobKind, JobState
@@ -17,8 +18,8 @@ from memos_vllm.errors import Conflict, InvalidRequest, NotFound, TooLarge
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 

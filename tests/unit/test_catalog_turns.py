@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from catalog_kit import ADMIN, START, Desk, open_desk
+from databases import Database
 
 from memos_vllm.domain.fact import NewFact
 from memos_vllm.domain.job import JobKind
@@ -20,8 +21,8 @@ ANSWER = NewTurn("assistant", "Which order is it?")
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with open_desk(tmp_path) as opened:
+def desk(tmp_path: Path, database: Database) -> Iterator[Desk]:
+    with open_desk(tmp_path, database) as opened:
         yield opened
 
 

@@ -167,7 +167,10 @@ def test_the_life_of_a_memory(run: Run, tmp_path: Path) -> None:
     history = run("memory", "history", "acme", memory).stdout
     assert "law" in history
     assert "Five days." in history
-    assert run("memory", "erase", "acme", memory).stdout == f"erased {memory}\n"
+    erased = run("memory", "erase", "acme", memory)
+    assert erased.stdout == f"erased {memory}\n"
+    # Waited for: the job has ended.
+    assert "erase acme: 100%" in erased.stderr
     assert "does not exist" in run("memory", "show", "acme", memory, code=1).stderr
 
 
@@ -216,6 +219,34 @@ def test_a_promote_that_is_not_waited_for_names_its_job(run: Run, live: LiveServ
     assert "parametric" in run("cube", "promote", "acme", "--to", "parametric", code=1).stderr
 
 
+def test_a_job_is_listed_shown_awaited_and_cancelled(run: Run, live: LiveServer) -> None:
+    bake, live.gateway.on_wake = live.gateway.on_wake, lambda: None
+    run("cube", "create", "acme")
+    run("memory", "add", "acme", "Five days.")
+    job = json.loads(run("cube", "promote", "acme", "--no-wait", "--json").stdout)["id"]
+    assert run("jobs", "list", "acme").stdout.startswith(f"{job}\tbake\tqueued\t0%\t")
+    assert run("jobs", "show", job).stdout.startswith(f"{job}: bake queued, 0%: ")
+    bake()
+    assert run("jobs", "wait", job).stdout.startswith(f"{job}: bake succeeded, 100%")
+    assert "succeeded already" in run("jobs", "cancel", job, code=1).stderr
+    live.gateway.on_wake = lambda: None
+    run("memory", "add", "acme", "Six days.")
+    job = json.loads(run("cube", "promote", "acme", "--no-wait", "--json").stdout)["id"]
+    assert json.loads(run("jobs", "cancel", job, "--json").stdout)["state"] == "cancelled"
+    run("jobs", "wait", job, code=1)
+
+
+def test_a_cube_is_renamed_and_keeps_what_others_know(run: Run) -> None:
+    for cube in ("acme", "session.1"):
+        run("cube", "create", cube)
+    assert run("cube", "update", "acme", "--name", "Acme").stdout == "acme: version 2\n"
+    assert "name: Acme" in run("cube", "show", "acme").stdout
+    run("cube", "update", "acme", code=2)
+    run("memory", "add", "session.1", "She moved to Leeds.")
+    kept = run("memory", "keep", "acme", "--from", "session.1", "--reason", "said twice")
+    assert kept.stdout.endswith(" She moved to Leeds.\n")
+
+
 def test_chat_streams_the_answer_and_says_what_it_was_built_on(run: Run, live: LiveServer) -> None:
     result = run("chat", "acme", "How long?", "--temperature", "0", "--system", "Be brief.")
     assert result.stdout == "Refunds take five working days.\n"
@@ -252,7 +283,8 @@ def test_every_command_with_json_prints_one_json_document(run: Run, tmp_path: Pa
     document, talk = tmp_path / "a.md", tmp_path / "talk.json"
     document.write_text("# A\none\n")
     talk.write_text('[{"role": "user", "content": "Hello"}]')
-    json.loads(run("cube", "create", "acme", "--json").stdout)
+    for cube in ("acme", "other"):
+        json.loads(run("cube", "create", cube, "--json").stdout)
     memory, more = (
         json.loads(run("memory", "add", "acme", text, "--json").stdout)["data"][0]["id"]
         for text in ("One.", "More.")
@@ -260,6 +292,7 @@ def test_every_command_with_json_prints_one_json_document(run: Run, tmp_path: Pa
     for command in (
         ["cube", "list"],
         ["cube", "show", "acme"],
+        ["cube", "update", "acme", "--name", "Acme", "--label", "a"],
         ["cube", "stats", "acme"],
         ["cube", "promote", "acme", memory],
         ["cube", "demote", "acme", memory],
@@ -273,6 +306,8 @@ def test_every_command_with_json_prints_one_json_document(run: Run, tmp_path: Pa
         ["memory", "add", "acme", str(document)],
         ["memory", "add-turns", "acme", str(talk)],
         ["memory", "merge", "acme", memory, more],
+        ["memory", "keep", "other", "--from", "acme"],
+        ["jobs", "list", "acme"],
         ["audit", "tail", "acme"],
         ["audit", "verify"],
         ["memory", "erase", "acme", memory],
@@ -285,9 +320,9 @@ def test_serve_hands_every_argument_on_as_it_was_typed(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
-    stand_in = types.ModuleType("memos_vllm.engine.serve")
+    stand_in = types.ModuleType("memos_vllm.engine.supervisor")
     stand_in.main = lambda argv: seen.append(argv) or 7  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "memos_vllm.engine.serve", stand_in)
+    monkeypatch.setitem(sys.modules, "memos_vllm.engine.supervisor", stand_in)
     arguments = ["m", "-tp", "2", "--json", "--data-dir=x", "--", "--url", "", "--help=all", "m"]
     run("serve", *arguments, code=7)
     assert seen == [arguments]

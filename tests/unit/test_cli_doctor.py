@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import client_fakes as fakes
 import pytest
 from client_fakes import Script, reply
+from databases import Postgres
 from typer.testing import CliRunner
 
 from memos_vllm.cli import doctor, doctor_search
 from memos_vllm.cli.doctor import Level
+from memos_vllm.cli.doctor_catalog import check_catalog
 from memos_vllm.cli.main import app
-from memos_vllm.config import ClientSettings
+from memos_vllm.config import ClientSettings, ServerSettings
 from memos_vllm.models.prepare import KNOWN_EMBEDDERS
 
 # Nothing listens on the discard port.
@@ -209,6 +212,22 @@ def test_a_key_that_others_may_read_fails_with_the_command_that_mends_it(tmp_pat
     assert doctor.check_keys(tmp_path / "none").level is Level.OK
 
 
+def test_whether_there_are_api_keys_is_said_without_making_a_catalog(tmp_path: Path) -> None:
+    settings = ServerSettings(data_dir=tmp_path / "data")
+    assert "none, so a server serves this machine only" in doctor.check_api_keys(settings).message
+    assert not settings.data_dir.exists()
+    made = CliRunner().invoke(app, ["keys", "create", "ops", "--data-dir", str(settings.data_dir)])
+    assert made.exit_code == 0
+    finding = doctor.check_api_keys(settings)
+    assert (finding.level, finding.message) == (
+        Level.OK,
+        "there are some, and every request needs one",
+    )
+    assert made.stdout.strip() not in finding.message
+    unusable = ServerSettings(data_dir=tmp_path, catalog_url="nonsense")
+    assert doctor.check_api_keys(unusable).level is Level.WARN
+
+
 def test_no_server_is_a_failure_only_where_one_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_server(NOWHERE, None).level is Level.FAIL
     monkeypatch.setenv("MEMOS_URL", NOWHERE)
@@ -244,3 +263,53 @@ def test_a_setting_that_cannot_be_read_is_a_failed_check(monkeypatch: pytest.Mon
     run = CliRunner().invoke(app, ["doctor", "--url", NOWHERE])
     assert run.exit_code == 1
     assert "fail  settings: MEMOS_RESIDENCY_FRACTION" in run.stdout
+
+
+def test_a_catalog_on_postgresql_passes_when_it_can_be_used(postgres: Postgres) -> None:
+    finding = check_catalog(postgres.url("template1"))
+    assert finding.level is Level.OK
+    assert re.fullmatch(r"PostgreSQL \d+ answers", finding.message)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("memos@/none?host={folder}", "createdb"),
+        ("nobody@/template1?host={folder}", "createuser"),
+        ("memos:xyzzy@127.0.0.1:1/x", "is it running"),
+        ("memos:xyzzy@nowhere.invalid/x", "not known here"),
+        ("memos:xyzzy@host:port/x", "cannot be used"),
+    ],
+)
+def test_a_catalog_that_cannot_be_reached_fails_with_what_to_do(
+    postgres: Postgres, address: str, says: str
+) -> None:
+    finding = check_catalog("postgresql://" + address.format(folder=postgres.folder))
+    assert finding.level is Level.FAIL
+    assert says in finding.message
+    assert "xyzzy" not in finding.message
+
+
+@pytest.mark.parametrize(
+    ("how", "level", "says"),
+    [
+        ("ENCODING 'LATIN1' LOCALE 'C'", Level.FAIL, "--encoding=UTF8"),
+        ("LOCALE 'C'", Level.WARN, "ASCII letters only"),
+        ("", Level.WARN, "synchronous_commit off"),
+    ],
+)
+def test_a_catalog_that_would_lose_or_refuse_something_is_named(
+    tmp_path: Path, postgres: Postgres, how: str, level: Level, says: str
+) -> None:
+    url = postgres.new(tmp_path, how)
+    if "synchronous" in says:
+        name = url.partition("@/")[2].partition("?")[0]
+        postgres.sql(url, f"ALTER DATABASE {name} SET synchronous_commit = off")
+    finding = check_catalog(url)
+    postgres.remove(url)
+    assert finding.level is level
+    assert says in finding.message
+
+
+def test_without_an_address_the_catalog_is_in_the_data_folder() -> None:
+    assert check_catalog(None).message == "SQLite in the data folder"

@@ -150,7 +150,7 @@ def test_the_life_of_a_memory_uses_the_routes_of_the_contract(connect: Connect) 
         reply(200, memory),
         reply(200, memory),
         reply(200, fakes.list_json({"version": 1}, {"version": 2})),
-        reply(200, {"id": "mem_1", "erased": True}),
+        reply(200, fakes.erased_json("mem_1")),
         reply(200, {"id": "acme", "deleted": True}),
     )
     mos = connect(script)
@@ -160,7 +160,9 @@ def test_the_life_of_a_memory_uses_the_routes_of_the_contract(connect: Connect) 
     cube.archive("mem_1")
     cube.restore("mem_1")
     assert [version["version"] for version in cube.history("mem_1")] == [1, 2]
-    assert cube.erase("mem_1") is None
+    erased = cube.erase("mem_1")
+    assert erased is not None
+    assert (erased.id, erased.job_id, erased.derived) == ("mem_1", "job_1", ("mem_2",))
     assert mos.delete_cube("acme", version=7) is None
     assert script.paths == [
         "GET /v1/memcubes/acme/memories/mem_1",
@@ -317,6 +319,8 @@ def test_a_delete_whose_answer_was_lost_counts_as_done_when_nothing_is_left(
 ) -> None:
     gone = reply(404, fakes.error_json("memcube 'acme' does not exist"))
     assert connect(Script(httpx.ReadError("reset"), gone)).delete_cube("acme") is None
+    erasing = connect(Script(httpx.ReadError("reset"), gone))
+    assert erasing.cube("acme").erase("mem_1") is None
     with pytest.raises(ApiNotFound):
         connect(Script(gone)).delete_cube("acme")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from memos_vllm.bench.flood import Pool, parse_pool
 from memos_vllm.demo import run, stage
 from memos_vllm.demo.screen import Screen, columns
 from memos_vllm.demo.stage import locked_folder
-from memos_vllm.demo.timing import Pool, parse_pool
 from memos_vllm.errors import ConfigurationError, MemosError
 
 METRICS = """\

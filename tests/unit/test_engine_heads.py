@@ -22,6 +22,7 @@ from memos_vllm.engine.heads import (
 from memos_vllm.engine.options import (
     MemoryOptions,
     RememberMode,
+    RememberOptions,
     RetrieveOptions,
     parse_cube_ids,
     parse_options,
@@ -265,8 +266,11 @@ def test_other_ways_to_name_cubes_are_refused(memcube_id: Any, alias: Any, messa
             MemoryOptions(retrieve=RetrieveOptions(top_k=5, max_tokens=800)),
         ),
         ({"retrieve": {}}, MemoryOptions(retrieve=RetrieveOptions())),
-        ({"remember": True}, MemoryOptions(remember=RememberMode.FAST)),
-        ({"remember": {"mode": "fine"}}, MemoryOptions(remember=RememberMode.FINE)),
+        ({"remember": True}, MemoryOptions(remember=RememberOptions())),
+        (
+            {"remember": {"mode": "fine"}},
+            MemoryOptions(remember=RememberOptions(RememberMode.FINE)),
+        ),
     ],
 )
 def test_the_memos_object_is_read(value: Any, options: MemoryOptions) -> None:

@@ -26,7 +26,7 @@ from memos_vllm.domain.fact import FACT_KIND
 from memos_vllm.domain.filters import SourceIs
 from memos_vllm.domain.indexing import IndexBacklog
 from memos_vllm.domain.job import Job, JobKind
-from memos_vllm.domain.memory import Memory
+from memos_vllm.domain.memory import Memory, Source
 from memos_vllm.domain.search import SearchHit, SearchQuery, SearchResult
 from memos_vllm.engine.options import RememberMode
 from memos_vllm.engine.reader import MAX_FACT_CHARS, MAX_FACTS, Reader
@@ -241,6 +241,26 @@ async def test_facts_are_kept_with_the_turns_they_stem_from(keeper: Keeper) -> N
     assert request.temperature == 0.0
     assert request.max_completion_tokens
     assert request.structured_outputs is not None
+
+
+async def test_facts_are_by_who_asked_for_them_and_see_only_what_they_may(keeper: Keeper) -> None:
+    keeper.desk.add("Ada lives in Leeds.", labels=("hr",), source=Source(kind=FACT_KIND))
+    ann = keeper.desk.grant("ann", Role.EDITOR)
+    await keeper.learn("Ada lives in York.", actor=ann)
+    hidden, fact = keeper.facts()
+    assert (fact.created_by, fact.lineage.supersedes) == ("ann", ())
+    assert all("Leeds" not in said_to(request) for request in keeper.model.asked)
+    assert hidden.created_by == "local"
+
+
+async def test_nothing_is_read_in_the_name_of_who_lost_the_cube_meanwhile(keeper: Keeper) -> None:
+    ann = keeper.desk.grant("ann", Role.EDITOR)
+    keeper.model.facts = ["Ada lives in York."]
+    await keeper.keep(actor=ann)
+    keeper.desk.mos.delete_grant(ADMIN, "c", "ann")
+    with pytest.raises(NotFound):
+        await keeper.read()
+    assert keeper.facts() == []
 
 
 async def test_every_reading_has_a_cache_salt_of_its_own(keeper: Keeper) -> None:

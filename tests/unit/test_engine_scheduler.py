@@ -12,6 +12,8 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
+from memos_vllm.activation.store import ArtifactStore
+from memos_vllm.activation.store.portable import adopt, describe, open_shard, read_description
 from memos_vllm.engine.ticket import TICKET_KEY
 from memos_vllm.engine.transfer import LoadReport, StepReport
 
@@ -185,6 +187,22 @@ def test_when_the_load_that_others_wait_for_fails_none_is_stuck(start: Starter) 
     engine.run()
     assert engine.replies["b"]["source"] == "computed"
     assert {engine.replies[name]["source"] for name in "cd"} <= {"computed", "resident"}
+    engine.assert_at_rest()
+
+
+def test_what_another_process_has_just_imported_is_loaded_and_not_computed(start: Starter) -> None:
+    engine = start()
+    engine.ask("a", PROMPT, head=HEAD)
+    ours = open_store(engine)
+    found = ours.lookup(engine.identity(SCOPE), PROMPT[:WHOLE])
+    assert found is not None
+    theirs = ArtifactStore(engine.folder / "artifacts", mac_key=ours._mac_key)
+    (entry,) = found.manifest.shards
+    with open_shard(theirs, entry) as file:
+        shards = [(entry.size_bytes, file)]
+        adopt(theirs, read_description(describe(found.manifest)), scope="1mported", shards=shards)
+    reply = engine.ask("b", PROMPT, head=HEAD, salt="another", scope="1mported")
+    assert (reply["source"], reply["cached_tokens"]) == ("store", WHOLE)
     engine.assert_at_rest()
 
 

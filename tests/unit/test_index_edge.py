@@ -31,6 +31,7 @@ from index_kit import (
 from memos_vllm.domain.filters import HasTag
 from memos_vllm.domain.ids import CubeId
 from memos_vllm.errors import ConfigurationError, Unavailable
+from memos_vllm.folder_lock import FolderLock
 from memos_vllm.plaintext.index import edge_collection, edge_folder, qdrant_edge
 from memos_vllm.plaintext.index.base import IndexPoint, IndexQuery
 from memos_vllm.plaintext.index.edge_host import EdgeHost
@@ -80,14 +81,14 @@ def current(folder: Path) -> Path:
 def test_a_second_process_is_told_who_has_the_folder(host: EdgeHost, folder: Path) -> None:
     started = time.monotonic()
     with pytest.raises(Unavailable, match=f"open in another process .pid {os.getpid()}"):
-        edge_folder.FolderLock(folder, wait_seconds=0.2)
+        FolderLock(folder, what="index folder", wait_seconds=0.2)
     assert time.monotonic() - started < 2
 
 
 def test_a_folder_that_is_let_go_in_time_is_taken(folder: Path) -> None:
-    first = edge_folder.FolderLock(folder, wait_seconds=0)
+    first = FolderLock(folder, what="index folder", wait_seconds=0)
     threading.Timer(0.2, first.release).start()
-    second = edge_folder.FolderLock(folder, wait_seconds=5)
+    second = FolderLock(folder, what="index folder", wait_seconds=5)
     first.release()
     second.release()
 
@@ -95,19 +96,19 @@ def test_a_folder_that_is_let_go_in_time_is_taken(folder: Path) -> None:
 def test_the_lock_of_a_killed_process_is_taken_over(folder: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from memos_vllm.plaintext.index.edge_folder import FolderLock\n"
-        "lock = FolderLock(Path(sys.argv[1]), wait_seconds=0)\n"
+        "from memos_vllm.folder_lock import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1]), what='folder', wait_seconds=0)\n"
         "print('locked', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()
     with pytest.raises(Unavailable, match=f"pid {child.pid}"):
-        edge_folder.FolderLock(folder, wait_seconds=0)
+        FolderLock(folder, what="index folder", wait_seconds=0)
     child.kill()
     child.wait()
     child.stdout.close()
-    edge_folder.FolderLock(folder, wait_seconds=0).release()
+    FolderLock(folder, what="index folder", wait_seconds=0).release()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

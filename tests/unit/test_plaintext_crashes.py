@@ -254,7 +254,7 @@ from memos_vllm.plaintext.store import PlaintextStore
 
 catalog, folder, seed = sys.argv[1:]
 follower.SAVE_SECONDS = 0.05
-mos = Desk(Path(catalog)).mos
+mos = Desk(catalog).mos
 plaintext = PlaintextStore(
     mos,
     store=lambda: EdgeStore(Path(folder) / "qdrant"),
@@ -301,7 +301,7 @@ def test_kill_9_of_the_process_at_any_moment_leaves_nothing_out() -> None:
     chosen = random.Random(5)
     with folder_in_memory() as folder, open_desk(folder) as desk:
         for seed in range(2):
-            child = start_kit(_WRITER, str(desk.path), str(folder), str(seed))
+            child = start_kit(_WRITER, desk.url, str(folder), str(seed))
             assert child.stdout is not None
             while not said(child).endswith("True\n"):
                 pass
@@ -419,7 +419,7 @@ from memos_vllm.plaintext.store import PlaintextStore
 
 catalog, folder = sys.argv[1:]
 plaintext = PlaintextStore(
-    Desk(Path(catalog)).mos,
+    Desk(catalog).mos,
     store=lambda: EdgeStore(Path(folder)),
     embedder=CountingEmbedder,
     former_embedder=CountingEmbedder,
@@ -434,7 +434,7 @@ time.sleep(60)
 
 def test_a_second_process_waits_and_takes_over_when_the_first_is_gone(desk: Desk) -> None:
     with folder_in_memory() as folder:
-        first = start_kit(_OTHER, str(desk.path), str(folder))
+        first = start_kit(_OTHER, desk.url, str(folder))
         assert first.stdout is not None
         holder = int(first.stdout.readline())
         with running(desk, lambda: EdgeStore(folder, wait_seconds=0.1)) as plaintext:

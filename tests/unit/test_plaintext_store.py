@@ -10,6 +10,7 @@ from contextlib import closing
 
 import pytest
 from catalog_kit import ADMIN, KEY, Desk, open_desk
+from databases import SQLITE, Database
 from index_kit import folder_in_memory
 from indexer_kit import (
     LONG_SECONDS,
@@ -42,8 +43,8 @@ SECRET = "the vault opens with 4711"
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
-    with folder_in_memory() as folder, open_desk(folder) as opened:
+def desk(database: Database) -> Iterator[Desk]:
+    with folder_in_memory() as folder, open_desk(folder, database) as opened:
         yield opened
 
 
@@ -128,7 +129,8 @@ def test_a_cube_made_again_under_the_same_id_shows_nothing_of_the_former_one(
     desk.mos.create_cube(ADMIN, cube_id="c")
     assert find(bench.plaintext, "apple") == []
     desk.add("birch", "cedar")
-    assert desk.sql("SELECT seq FROM memories ORDER BY seq") == before
+    if desk.database is SQLITE:
+        assert desk.sql("SELECT seq FROM memories ORDER BY seq") == before
     assert set(find(bench.plaintext, "apple")) <= {"birch", "cedar"}
     bench.settle()
     bench.check()
@@ -143,7 +145,7 @@ def test_what_is_erased_while_a_search_ranks_is_not_in_its_answer(bench: Bench) 
         def score(self, query: str, texts: Sequence[str]) -> Vectors:
             done = desk.mos.erase_memory(ADMIN, "c", erased.id, tombstone_key=KEY)
             # The search keeps no state of the catalog open while it waits for a reranker.
-            assert done.log_truncated
+            assert done.versions == 1
             return CountingEmbedder(dimension=len(texts)).vector(query)
 
     bench.plaintext._reranker = Slow()

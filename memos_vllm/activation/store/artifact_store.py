@@ -27,6 +27,7 @@ from memos_vllm.activation.store.recovery import (
     Recovery,
     check_shards,
     delete_artifact,
+    files_of,
     read_manifest_file,
     unnamed_shards_of,
 )
@@ -179,7 +180,17 @@ class ArtifactStore:
                 self._remove_shards(manifest, keep=self._index.get(manifest.key))
                 raise
 
+    def drop_shards(self, shards: Sequence[ShardEntry]) -> None:
+        """Remove finished shards that will not be committed."""
+        for shard in shards:
+            with contextlib.suppress(OSError):
+                self.shard_path(shard).unlink(missing_ok=True)
+
     # Finding and reading.
+
+    def shard_path(self, shard: ShardEntry) -> Path:
+        """Where the file of a shard lies."""
+        return self._paths.shard(shard.content_digest)
 
     def lookup(
         self,
@@ -315,6 +326,12 @@ class ArtifactStore:
     def erased_among(self, scopes: Iterable[str]) -> frozenset[str]:
         """Those of the scopes that any process has erased."""
         return frozenset(scope for scope in scopes if self._paths.erased_mark(scope).exists())
+
+    def traces_of_scope(self, scope: str) -> int:
+        """Look at every file: how many are of this scope still; -1 when it is not marked erased."""
+        if not self._paths.erased_mark(scope).exists():
+            return -1
+        return len(files_of(self._paths, scope))
 
     def evict_to_budget(self) -> tuple[str, ...]:
         """Delete the least valuable unpinned artifacts until the budget holds; their keys."""

@@ -40,22 +40,24 @@ def artifact_key(identity: PrefixIdentity, token_ids: TokenIds) -> str:
     return hasher.hexdigest()
 
 
+def manifest_fields(manifest: ArtifactManifest) -> dict[str, Any]:
+    """A manifest as JSON values."""
+    return {
+        "version": MANIFEST_VERSION,
+        "key": manifest.key,
+        "identity": asdict(manifest.identity),
+        "token_ids": base64.b64encode(manifest.token_ids.tobytes()).decode(),
+        "total_layers": manifest.total_layers,
+        "total_kv_heads": manifest.total_kv_heads,
+        "shards": [asdict(shard) for shard in manifest.shards],
+        "created_at": manifest.created_at,
+    }
+
+
 def encode_manifest(manifest: ArtifactManifest, *, mac_key: bytes) -> bytes:
     """The file of a manifest; `manifest.size_bytes` is not written, reading computes it."""
-    body = json.dumps(
-        {
-            "version": MANIFEST_VERSION,
-            "key": manifest.key,
-            "identity": asdict(manifest.identity),
-            "token_ids": base64.b64encode(manifest.token_ids.tobytes()).decode(),
-            "total_layers": manifest.total_layers,
-            "total_kv_heads": manifest.total_kv_heads,
-            "shards": [asdict(shard) for shard in manifest.shards],
-            "created_at": manifest.created_at,
-        },
-        sort_keys=True,
-        separators=(",", ":"),
-    ).encode()
+    fields = manifest_fields(manifest)
+    body = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     return _OPENING + _mac(body, mac_key) + _MIDDLE + body + b"}"
 
 
@@ -71,7 +73,7 @@ def decode_manifest(data: bytes, *, key: str, mac_key: bytes) -> ArtifactManifes
     if not framed or not hmac.compare_digest(found, _mac(body, mac_key)):
         raise ArtifactCorrupted(key, "the manifest is torn, altered or signed with another key")
     try:
-        manifest = _from_fields(json.loads(body), size_bytes=len(data))
+        manifest = manifest_of(json.loads(body), size_bytes=len(data))
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactCorrupted(key, f"the manifest is of another version: {error}") from error
     if manifest.key != key:
@@ -79,7 +81,8 @@ def decode_manifest(data: bytes, *, key: str, mac_key: bytes) -> ArtifactManifes
     return manifest
 
 
-def _from_fields(fields: dict[str, Any], *, size_bytes: int) -> ArtifactManifest:
+def manifest_of(fields: dict[str, Any], *, size_bytes: int) -> ArtifactManifest:
+    """The inverse of `manifest_fields`; raises KeyError, TypeError, ValueError."""
     if fields["version"] != MANIFEST_VERSION:
         raise ValueError(f"version {fields['version']}")
     shards = tuple(

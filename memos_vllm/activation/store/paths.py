@@ -21,6 +21,7 @@ class StorePaths:
         self.quarantine = root / "quarantine"
         self.erased = root / "erased"
         self.lock = root / "lock"
+        self.claim = root / "claim"
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -15,7 +15,7 @@ from memos_vllm.activation.store.manifest import MAX_MANIFEST_BYTES, decode_mani
 from memos_vllm.activation.store.paths import StorePaths
 from memos_vllm.activation.store.quarantine import Quarantine
 from memos_vllm.activation.store.shard_file import ShardFile, read_error, read_raw_header
-from memos_vllm.activation.store.shard_format import parse_header
+from memos_vllm.activation.store.shard_format import PAGE_BYTES, parse_header
 from memos_vllm.activation.store.types import ArtifactManifest
 from memos_vllm.errors import ArtifactError
 
@@ -162,6 +162,26 @@ def unnamed_shards_of(paths: StorePaths, scope: str, *, named: set[Path]) -> Ite
     for path in _files_below(paths.data):
         if path not in named and _scope_of_shard(path) in {scope, None}:
             yield path
+
+
+def files_of(paths: StorePaths, scope: str) -> list[Path]:
+    """Every file whose start or manifest names this scope, finished or not, good or bad."""
+    named = scope.encode()
+    folders = (paths.manifests, paths.data, paths.temporaries, paths.quarantine)
+    return [
+        path
+        for folder in folders
+        for path in _files_below(folder)
+        if named in _start_of(path, MAX_MANIFEST_BYTES if path.suffix == ".json" else PAGE_BYTES)
+    ]
+
+
+def _start_of(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
 
 
 def _scope_of_shard(path: Path) -> str | None:

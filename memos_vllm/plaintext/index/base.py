@@ -171,6 +171,13 @@ class VectorIndex(IndexReader, Protocol):
     def optimizing(self) -> bool:
         """Whether the store is doing that now, and searches of large cubes take longer."""
 
+    def purge(self) -> bool:
+        """Rewrite files without the bytes of what was deleted or replaced; takes seconds or more.
+
+        Returns:
+            False where the store does that by itself, at a time that nobody here knows.
+        """
+
     def close(self) -> None:
         """Flush and let go of files and connections; closing twice is harmless."""
 

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -162,10 +162,29 @@ class EdgeCollection:
     def start_optimizing(self) -> None:
         """Optimise in a thread of this process, unless that is being done already."""
         if self._optimizing.acquire(blocking=False):
-            self._problem = None
-            threading.Thread(
-                target=self._optimize_in_background, name="memos-edge-optimize", daemon=True
-            ).start()
+            self._start_in_background(self._optimize_in_background)
+
+    def purge(self) -> bool:
+        with self._optimizing:
+            self._purge()
+        return True
+
+    def start_purging(self) -> str | None:
+        """Purge in a thread of this process; None while something else is being done there.
+
+        Returns:
+            The generation that it began with. Once `optimizing` ends and it is still current,
+            nothing was purged.
+        """
+        if not self._optimizing.acquire(blocking=False):
+            return None
+        before = self.generation()
+        self._start_in_background(self._purge_in_background)
+        return before
+
+    def generation(self) -> str:
+        """The name of the shard that is current."""
+        return self._path.name
 
     def optimizing(self) -> bool:
         """Whether it is being optimised; raises what ended the last time in the background."""
@@ -255,6 +274,18 @@ class EdgeCollection:
         found = self._read(lambda shard: shard.facet(request))
         return max((hit.count for hit in found.hits), default=0)
 
+    def _start_in_background(self, work: Callable[[], None]) -> None:
+        self._problem = None
+        threading.Thread(target=work, name="memos-edge-optimize", daemon=True).start()
+
+    def _purge_in_background(self) -> None:
+        try:
+            self._purge()
+        except Unavailable as error:
+            self._problem = error
+        finally:
+            self._optimizing.release()
+
     def _optimize_in_background(self) -> None:
         try:
             self._optimize()
@@ -269,19 +300,42 @@ class EdgeCollection:
         finally:
             self._optimizing.release()
 
+    def _purge(self) -> None:
+        """As `_optimize`, by way of a shard that is written anew from what the copy holds.
+
+        Edge could be told to rewrite each segment that holds anything deleted, but its log would
+        keep the vectors, and without its log it takes up numbers again that points have already.
+        """
+        with self._speaking("purged"):
+            copy = self._folder.new_generation()
+            try:
+                self._copy_to(copy)
+                with self._next_generation() as fresh:
+                    self._run_optimizer(copy, "--into", str(fresh), str(self._dim))
+                    self._replace(fresh)
+            finally:
+                self._touched = None
+                shutil.rmtree(copy, ignore_errors=True)
+
     def _optimize(self) -> None:
-        with self._speaking("optimised"):
-            fresh = self._folder.new_generation()
+        with self._speaking("optimised"), self._next_generation() as fresh:
             try:
                 self._copy_to(fresh)
                 self._run_optimizer(fresh)
                 self._replace(fresh)
-            except BaseException:
-                if self._path != fresh:
-                    shutil.rmtree(fresh, ignore_errors=True)
-                raise
             finally:
                 self._touched = None
+
+    @contextmanager
+    def _next_generation(self) -> Iterator[Path]:
+        """A folder that this collection is to be replaced by; gone again when that fails."""
+        fresh = self._folder.new_generation()
+        try:
+            yield fresh
+        except BaseException:
+            if self._path != fresh:
+                shutil.rmtree(fresh, ignore_errors=True)
+            raise
 
     def _copy_to(self, fresh: Path) -> None:
         with self._writes:
@@ -289,11 +343,11 @@ class EdgeCollection:
             self._touched, self._gone_cubes = set(), set()
             shutil.copytree(self._path, fresh)
 
-    def _run_optimizer(self, path: Path) -> None:
+    def _run_optimizer(self, path: Path, *options: str) -> None:
         with self._writes:
             self._opened()
             self._optimizer = subprocess.Popen(
-                [sys.executable, "-m", _OPTIMIZER, str(path)],
+                [sys.executable, "-m", _OPTIMIZER, str(path), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

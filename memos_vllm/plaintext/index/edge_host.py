@@ -11,10 +11,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from memos_vllm.errors import MemosError, Unavailable
+from memos_vllm.folder_lock import FolderLock
 from memos_vllm.plaintext.index.base import check_collection_name
 from memos_vllm.plaintext.index.edge_calls import Answer, Call, Opened, receive, send
 from memos_vllm.plaintext.index.edge_collection import EdgeCollection
-from memos_vllm.plaintext.index.edge_folder import CollectionFolder, FolderLock
+from memos_vllm.plaintext.index.edge_folder import CollectionFolder
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class EdgeHost:
 
     def __init__(self, folder: Path, *, wait_seconds: float = 5.0) -> None:
         self._folder = folder
-        self._lock = FolderLock(folder, wait_seconds=wait_seconds)
+        self._lock = FolderLock(folder, what="index folder", wait_seconds=wait_seconds)
         self._open: dict[str, EdgeCollection] = {}
 
     def open(self, name: str, *, dim: int) -> EdgeCollection:

@@ -80,13 +80,19 @@ def open_shard(folder: CollectionFolder, *, dim: int) -> OpenedShard:
     return _create(folder, dim)
 
 
+def create_shard(path: Path, *, dim: int) -> edge.EdgeShard:
+    """An empty shard in a folder that is not there yet; raises whatever Edge does."""
+    path.mkdir(mode=0o700)
+    shard = edge.EdgeShard.create(str(path), edge_config(dim))
+    for operation in edge_indexes():
+        shard.update(operation)
+    return shard
+
+
 def _create(folder: CollectionFolder, dim: int) -> OpenedShard:
     with speaking(folder.path, "created"):
         path = folder.new_generation()
-        path.mkdir(mode=0o700)
-        shard = edge.EdgeShard.create(str(path), edge_config(dim))
-        for operation in edge_indexes():
-            shard.update(operation)
+        shard = create_shard(path, dim=dim)
         # Not flushed: that takes 0.3 s, and what a power cut leaves is empty or made again.
         folder.make_current(path, dim=dim)
     folder.remove_others(path)
@@ -102,6 +108,20 @@ def unindexed(shard: edge.EdgeShard) -> int:
 def retrieve_whole(shard: edge.EdgeShard, *, seqs: list[int]) -> list[edge.Record]:
     """Those of `seqs` that are there, with vectors and payload."""
     return shard.retrieve(list(seqs), with_payload=True, with_vector=True)
+
+
+def copy_points(shard: edge.EdgeShard, fresh: edge.EdgeShard, *, batch: int) -> None:
+    """Put every point of `shard` into `fresh`, which is empty."""
+    offset: int | None = None
+    while True:
+        request = edge.ScrollRequest(
+            offset=offset, limit=batch, with_payload=True, with_vector=True
+        )
+        records, following = shard.scroll(request)
+        put_records(fresh, [], records)
+        if following is None:
+            return
+        offset = int(following)
 
 
 def put_records(shard: edge.EdgeShard, seqs: list[int], records: list[edge.Record]) -> None:

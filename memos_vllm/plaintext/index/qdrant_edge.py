@@ -174,6 +174,16 @@ class EdgeIndex:
     def optimizing(self) -> bool:
         return cast("bool", self._call("optimizing"))
 
+    def purge(self) -> bool:
+        # Not while the store optimises: what it copied then may hold what was deleted since.
+        while (before := self._call("start_purging")) is None:
+            time.sleep(_POLL_SECONDS)
+        while self.optimizing():
+            time.sleep(_POLL_SECONDS)
+        if self._call("generation") == before:
+            raise Unavailable(f"purging the index '{self.name}' was cut off; try again")
+        return True
+
     def close(self) -> None:
         if self._closed:
             return

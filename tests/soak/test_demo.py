@@ -7,34 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-_MARK = "MEMOS_TEST_DEMO"
-
-
-@pytest.fixture
-def mark() -> Iterator[str]:
-    """A value in the environment of the demo and of every process that it starts."""
-    value = uuid.uuid4().hex
-    yield value
-    for pid in marked(value):
-        os.kill(pid, signal.SIGKILL)
-
-
-def marked(mark: str) -> list[int]:
-    """The live processes that descend from the demo with this mark."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"{_MARK}={mark}".encode() in environ.read_bytes():
-                found.append(int(environ.parent.name))
-        except OSError:
-            continue
-    return found
+from marked_processes import MARK, marked
 
 
 def demo(folder: Path, mark: str) -> subprocess.Popen[str]:
@@ -44,7 +20,7 @@ def demo(folder: Path, mark: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, _MARK: mark},
+        env={**os.environ, MARK: mark},
     )
 
 
