@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,6 +25,8 @@ _POLL_SECONDS = 0.25
 _STOP_SECONDS = 30.0
 _LOG_TAIL_LINES = 25
 _SHARED_MEMORY = Path("/dev/shm")
+# Places in what /proc says of a process, counted from its state.
+_STATE, _PARENT, _BEGAN = 0, 1, 19
 
 
 class ServerFailed(MemosError):
@@ -31,14 +34,15 @@ class ServerFailed(MemosError):
 
 
 class ServerProcess:
-    """One server and every process that it starts, in a process group of their own.
+    """One server and every process that it starts.
 
     What vLLM leaves behind when it is killed, sockets and shared memory, is removed.
 
     Args:
-        command: the argument vector; the port is appended as `--port`.
+        command: the argument vector; the port is appended as `port_option`.
         log_path: where stdout and stderr go; appended to, so restarts share it.
         environment: added to this process's.
+        health_path: answers 200 when it is ready.
     """
 
     def __init__(
@@ -48,8 +52,12 @@ class ServerProcess:
         log_path: Path,
         environment: Mapping[str, str] | None = None,
         port: int | None = None,
+        port_option: str = "--port",
+        health_path: str = "/health",
     ) -> None:
         self._command = list(command)
+        self._port_option = port_option
+        self._health_path = health_path
         self._environment = {**os.environ, **(environment or {})}
         self._child: subprocess.Popen[bytes] | None = None
         self._sockets: Path | None = None
@@ -75,11 +83,16 @@ class ServerProcess:
         self._sockets = Path(tempfile.mkdtemp(prefix="memos-"))
         with self.log_path.open("ab") as log:
             self._child = subprocess.Popen(
-                [*self._command, "--port", str(self.port)],
+                [*self._command, self._port_option, str(self.port)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={"VLLM_RPC_BASE_PATH": str(self._sockets), **self._environment},
+                env={
+                    "VLLM_RPC_BASE_PATH": str(self._sockets),
+                    # Ray's sockets and logs; killed, it cannot remove them either.
+                    **self._environment,
+                    "TMPDIR": str(self._sockets),
+                },
                 start_new_session=True,
             )
         try:
@@ -93,13 +106,25 @@ class ServerProcess:
         """End it as Ctrl-C does; kill what does not end."""
         if self._child is None:
             return
-        segments = _shared_segments(self._child.pid)
+        # Noted while it lives: afterwards nobody can tell whose children were left.
+        family = family_of(self._child.pid)
+        segments = _shared_segments(family)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(_STOP_SECONDS)
-        self.kill()
+        self._kill(family)
         _remove(segments)
+
+    def wait_until_ended(self, *, timeout_seconds: float = 60.0) -> None:
+        """Until it has ended by itself.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        assert self._child is not None, "not started"
+        self._child.wait(timeout_seconds)
+        self.kill()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -108,32 +133,48 @@ class ServerProcess:
         if self._child is None:
             yield
             return
-        os.killpg(self._child.pid, signal.SIGSTOP)
+        family = family_of(self._child.pid)
+        signal_all(family, signal.SIGSTOP)
         try:
             # A process that runs on another core takes the signal a moment later.
             deadline = time.monotonic() + _STOP_SECONDS
-            while _group_runs(self._child.pid) and time.monotonic() < deadline:
+            while any(one.state() not in "TtZX" for one in family) and time.monotonic() < deadline:
                 time.sleep(0.001)
             yield
         finally:
-            os.killpg(self._child.pid, signal.SIGCONT)
+            signal_all(family, signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill -9 it and all its children, and wait until they are gone."""
-        if self._child is None:
-            return
-        segments = _shared_segments(self._child.pid)
-        # Children stay in the group; vLLM's own start sessions only for nested servers.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait()
+        if self._child is not None:
+            self._kill(family_of(self._child.pid))
+
+    def _kill(self, family: Sequence[Process]) -> None:
+        assert self._child is not None
+        segments = _shared_segments(family)
         deadline = time.monotonic() + _STOP_SECONDS
-        while _group_lives(self._child.pid) and time.monotonic() < deadline:
+        while family := [one for one in _with_children(family) if one.is_alive()]:
+            if time.monotonic() >= deadline:
+                break
+            # One that was being started meanwhile belongs to one of these.
+            signal_all(family, signal.SIGKILL)
+            self._child.poll()
             time.sleep(0.02)
+        self._child.wait()
         _remove(segments)
         if self._sockets is not None:
             shutil.rmtree(self._sockets, ignore_errors=True)
         self._child = None
+
+    def pids(self) -> list[int]:
+        """It and every process that it or its children have started."""
+        assert self._child is not None, "not started"
+        return [one.pid for one in family_of(self._child.pid)]
+
+    def shared_memory(self) -> list[Path]:
+        """Segments that its processes have mapped; vLLM's stay behind when it is killed."""
+        assert self._child is not None, "not started"
+        return _shared_segments(family_of(self._child.pid))
 
     def log_tail(self) -> str:
         """The last lines that it wrote."""
@@ -164,7 +205,7 @@ class ServerProcess:
                         f"{self.log_tail()}"
                     )
                 with contextlib.suppress(httpx.HTTPError):
-                    if client.get("/health").status_code == httpx.codes.OK:
+                    if client.get(self._health_path).status_code == httpx.codes.OK:
                         return
                 time.sleep(_POLL_SECONDS)
         raise ServerFailed(f"the server was not ready in time:\n{self.log_tail()}")
@@ -175,10 +216,10 @@ def memos_command(model: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "memos_vllm.cli.main", "serve", model, *options]
 
 
-def plain_vllm_command(model: str, *options: str) -> list[str]:
-    """The argument vector of vLLM's own server, without us."""
+def plain_vllm_command(model: str, *options: str, python: str | Path = sys.executable) -> list[str]:
+    """The argument vector of vLLM's own server, without us, in this or another Python."""
     module = "vllm.entrypoints.openai.api_server"
-    return [sys.executable, "-m", module, "--model", model, "--host", "127.0.0.1", *options]
+    return [str(python), "-m", module, "--model", model, "--host", "127.0.0.1", *options]
 
 
 def free_port() -> int:
@@ -188,23 +229,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _group_lives(group: int) -> bool:
-    """Whether a process of the group still runs; zombies of other parents do not count."""
-    return any(state != "Z" for _, state in _members(group))
-
-
-def _group_runs(group: int) -> bool:
-    """Whether a process of the group has not stopped yet."""
-    return any(state not in "TtZX" for _, state in _members(group))
-
-
-def _shared_segments(group: int) -> list[Path]:
-    """Shared memory and semaphores that the group's processes have mapped: killed, they cannot
-    remove them."""
+def _shared_segments(family: Iterable[Process]) -> list[Path]:
+    """Shared memory and semaphores that these processes have mapped: killed, they cannot remove
+    them."""
     inodes = set()
-    for process, _ in _members(group):
+    for process in family:
         with contextlib.suppress(OSError):
-            for line in (process / "maps").read_text().splitlines():
+            for line in (process.folder / "maps").read_text().splitlines():
                 # address, permissions, offset, device, inode, path
                 fields = line.split(maxsplit=5)
                 if len(fields) == 6 and fields[5].startswith(f"{_SHARED_MEMORY}/"):
@@ -219,14 +250,71 @@ def _shared_segments(group: int) -> list[Path]:
 
 
 def _remove(segments: Iterable[Path]) -> None:
-    for segment in segments:
-        segment.unlink(missing_ok=True)
+    """Remove them, but none that a living process has mapped: a cache server lends its own."""
+    left = [segment for segment in segments if segment.exists()]
+    if not left:
+        return
+    in_use = set(_shared_segments(_every_process()))
+    for segment in left:
+        if segment not in in_use:
+            segment.unlink(missing_ok=True)
 
 
-def _members(group: int) -> Iterator[tuple[Path, str]]:
-    """Each process of a group as its folder in /proc, and its state."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = entry.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                yield entry.parent, fields[0]
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process, told from a later one with the same number by the time at which it began."""
+
+    pid: int
+    began: str
+
+    @property
+    def folder(self) -> Path:
+        return Path("/proc") / str(self.pid)
+
+    def state(self) -> str:
+        """One letter, as ps shows it; "X" when it is gone."""
+        fields = _stat(self.pid)
+        return fields[_STATE] if fields and fields[_BEGAN] == self.began else "X"
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended; one that nobody has asked for its exit code has."""
+        return self.state() not in "ZX"
+
+
+def family_of(pid: int) -> list[Process]:
+    """A process and all that it or its children have started, as far as they live."""
+    fields = _stat(pid)
+    return _with_children([Process(pid, fields[_BEGAN])]) if fields else []
+
+
+def _with_children(family: Sequence[Process]) -> list[Process]:
+    found = {one.pid: one for one in family}
+    parents = _every_process()
+    before = -1
+    while before != len(found):
+        before = len(found)
+        found |= {one.pid: one for one, parent in parents.items() if parent in found}
+    return list(found.values())
+
+
+def _every_process() -> dict[Process, int]:
+    """All processes of this machine, each with its parent's pid."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        if fields := _stat(int(folder.name)):
+            parents[Process(int(folder.name), fields[_BEGAN])] = int(fields[_PARENT])
+    return parents
+
+
+def signal_all(family: Iterable[Process], number: signal.Signals) -> None:
+    """Send each of them a signal; those that have ended meanwhile are left alone."""
+    for one in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one.pid, number)
+
+
+def _stat(pid: int) -> list[str]:
+    """What /proc says of a process from its state on; nothing when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memos_vllm.process import ServerProcess
+from memos_vllm.process import ServerProcess, family_of
 
 # Answers /health, and holds what vLLM's processes hold: shared memory and a socket.
 SERVER = """
@@ -32,6 +32,12 @@ class Health(http.server.BaseHTTPRequestHandler):
 
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Health).serve_forever()
 """
+
+# Its child is not told that it ends, as an engine whose API server went first.
+PARENT = f"""
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+{SERVER}"""
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
@@ -58,3 +64,14 @@ def test_a_paused_server_goes_on_where_it_was(tmp_path: Path) -> None:
         with server.paused():
             assert state.read_text().rpartition(")")[2].split()[0] == "T"
         assert state.read_text().rpartition(")")[2].split()[0] != "T"
+
+
+def test_a_child_that_outlives_the_stopped_server_is_ended_too(tmp_path: Path) -> None:
+    server = ServerProcess(
+        [sys.executable, "-c", PARENT, str(tmp_path / "note")], log_path=tmp_path / "server.log"
+    )
+    server.start(timeout_seconds=30)
+    family = family_of(server.pid)
+    assert len(family) > 1
+    server.stop()
+    assert [one for one in family if one.is_alive()] == []
