@@ -204,6 +204,8 @@ def set_ray_environment(token_path: Path) -> None:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(token_path),
         RAY_USAGE_STATS_ENABLED="0",
+        # By default Ray gives its workers way to everything else (15), and a chat waits for them.
+        RAY_worker_niceness="0",
     )
 
 

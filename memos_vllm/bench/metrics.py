@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 
@@ -28,6 +29,31 @@ class Metrics:
         for labels, value in self._samples(name):
             if label in labels:
                 counts[labels[label]] += int(value)
+        return counts
+
+    def quantile(self, name: str, share: float, *, since: Metrics) -> float:
+        """A quantile of what a histogram has observed since an earlier reading, over all labels.
+
+        Within a bucket it is interpolated, as Prometheus does; nan when there was nothing new.
+        """
+        buckets, before = self._buckets(name), since._buckets(name)
+        counts = {bound: count - before.get(bound, 0) for bound, count in buckets.items()}
+        rank = share * counts.get(math.inf, 0)
+        low, below = 0.0, 0
+        for bound, count in sorted(counts.items()):
+            if count >= rank > below:
+                # What lies above the last bound is as good as on it.
+                high = low if math.isinf(bound) else bound
+                return low + (high - low) * (rank - below) / (count - below)
+            low, below = bound, count
+        return math.nan
+
+    def _buckets(self, name: str) -> dict[float, int]:
+        """Upper bound -> how many were at most that."""
+        counts: dict[float, int] = {}
+        for labels, value in self._samples(f"{name}_bucket"):
+            bound = float(labels["le"])
+            counts[bound] = counts.get(bound, 0) + int(value)
         return counts
 
     def _samples(self, name: str) -> list[tuple[dict[str, str], float]]:

@@ -207,7 +207,7 @@ def _pairs(pairs: Iterable[Pair]) -> str:
                 base,
                 f"{other:.4g} {unit}",
                 _ratio(median_interval(ratios)) if ratios else "",
-                _difference(found) if unit == "s" else "",
+                _difference(found) if unit == "s" and len(found) > 1 else "",
                 len(found),
             )
         )

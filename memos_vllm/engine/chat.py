@@ -34,7 +34,7 @@ from memos_vllm.engine.recall import Recall, Recalled
 from memos_vllm.engine.remembering import TurnWriter
 from memos_vllm.engine.secrets import ServerKeys, artifact_scope, cache_salt
 from memos_vllm.engine.sse import heard, with_memos
-from memos_vllm.engine.stats import api_counters
+from memos_vllm.engine.stats import api_counters, control_plane_wait
 from memos_vllm.engine.ticket import TicketSigner
 from memos_vllm.errors import ContextTooLong, MemosError
 
@@ -116,10 +116,11 @@ class MemoryChat:
         Raises:
             NotFound, InvalidRequest: as the HTTP contract says.
         """
-        snapshots = await asyncio.to_thread(self._snapshots.get, principal, cube_ids)
-        if options.remember is not None:
-            into = options.remember.cube_among(cube_ids)
-            await asyncio.to_thread(self._mos.require_writable, principal, into)
+        with control_plane_wait().labels("rights").time():
+            snapshots = await asyncio.to_thread(self._snapshots.get, principal, cube_ids)
+            if options.remember is not None:
+                into = options.remember.cube_among(cube_ids)
+                await asyncio.to_thread(self._mos.require_writable, principal, into)
         recalled = await self._look_up(request, snapshots, principal, options)
         composition = self._composer.compose(snapshots, recalled.memories)
         composed = self._composer.with_memory(request, composition)
@@ -260,14 +261,15 @@ class MemoryChat:
         searched = [cube.id for cube in snapshots if cube.has_plaintext]
         if options.retrieve is None or not searched:
             return Recalled()
-        return await self._recall.for_chat(
-            principal,
-            searched,
-            request.messages,
-            options.retrieve,
-            known_texts=[memory.text for cube in snapshots for memory in cube.memories],
-            max_tokens=min(DEFAULT_RECALL_TOKENS, self._composer.max_model_len // 4),
-        )
+        with control_plane_wait().labels("search").time():
+            return await self._recall.for_chat(
+                principal,
+                searched,
+                request.messages,
+                options.retrieve,
+                known_texts=[memory.text for cube in snapshots for memory in cube.memories],
+                max_tokens=min(DEFAULT_RECALL_TOKENS, self._composer.max_model_len // 4),
+            )
 
     async def _finish(
         self, turn: _Turn, request: ChatCompletionRequest, said: str

@@ -12,7 +12,7 @@ from collections import Counter as Tally
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
@@ -34,6 +34,11 @@ _COUNTERS = {
     "save_seconds": "seconds spent exporting and writing",
     "residency_moves": "blocks moved away from eviction",
 }
+# Fine where the control plane's answers lie.
+_WAIT_BUCKETS = tuple(
+    milliseconds / 1000
+    for milliseconds in (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 25, 50, 100, 500, 2000)
+)
 _GAUGES = {
     "resident_blocks": "memory blocks in the KV pool",
     "residency_budget_blocks": "most memory blocks that are kept in the KV pool",
@@ -144,6 +149,17 @@ def api_counters() -> tuple[Counter, Counter]:
     return (
         Counter("memos_guard", "requests that the guard changed or refused, by kind", ["kind"]),
         Counter("memos_head_misses", "chats whose prompt did not open with the baked head"),
+    )
+
+
+@functools.cache
+def control_plane_wait() -> Histogram:
+    """How long chats wait for the control plane before their prompt goes to the engine."""
+    return Histogram(
+        "memos_chat_wait_seconds",
+        "what chats that name a cube wait for the control plane, by what they ask of it",
+        ["part"],
+        buckets=_WAIT_BUCKETS,
     )
 
 

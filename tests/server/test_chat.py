@@ -164,6 +164,18 @@ def test_what_the_connector_did_is_counted_in_the_metrics(http: httpx.Client, cu
     assert resident() == before + 1
 
 
+def test_what_a_chat_waited_for_the_control_plane_is_measured(
+    http: httpx.Client, cube: str
+) -> None:
+    def waits() -> float:
+        return metric(http, "memos_chat_wait_seconds_count", part="rights")
+
+    before = waits()
+    ask(http, cube)
+    ask(http)
+    assert waits() == before + 1
+
+
 # --- streams -------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ def bench(record: Path, mark: str, *options: str) -> subprocess.Popen[str]:
 def measured(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
     path = tmp_path_factory.mktemp("bench") / "run.json"
     rows = [argument for row in ROWS for argument in ("--situation", row)]
-    running = bench(path, "bench", "--rounds", "1", "--no-costs", *rows)
+    running = bench(path, "bench", "--rounds", "1", "--no-costs", "--no-load", *rows)
     said, _ = running.communicate()
     assert running.returncode == 0, said
     assert "fewer than 9 rounds" in said
@@ -65,7 +65,9 @@ def test_an_interrupted_run_ends_its_servers_and_leaves_what_it_measured(
     model_folder: Path, tmp_path: Path, mark: str
 ) -> None:
     record = tmp_path / "run.json"
-    running = bench(record, mark, "--situation", "memos-resident", "--no-probes", "--no-costs")
+    running = bench(
+        record, mark, "--situation", "memos-resident", "--no-probes", "--no-costs", "--no-load"
+    )
     deadline = time.monotonic() + 300
     while not record.exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.1)

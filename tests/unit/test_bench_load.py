@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -364,3 +365,29 @@ def test_metrics_are_summed_over_labels_and_told_by_one() -> None:
     assert page.total("memos_requests_total") == 6
     assert page.total("up") == 1
     assert page.total("absent") == 0
+
+
+def _waits(at_once: int, soon: int, late: int) -> Metrics:
+    counts = (at_once, at_once + soon, at_once + soon + late)
+    return Metrics(
+        "\n".join(
+            f'wait_seconds_bucket{{le="{bound}",part="rights"}} {count}.0'
+            for bound, count in zip(("0.002", "0.004", "+Inf"), counts, strict=True)
+        )
+    )
+
+
+def test_a_quantile_is_of_what_was_observed_since_the_earlier_reading() -> None:
+    before, after = _waits(100, 0, 0), _waits(110, 10, 0)
+    assert after.quantile("wait_seconds", 0.5, since=before) == pytest.approx(0.002)
+    assert after.quantile("wait_seconds", 0.75, since=before) == pytest.approx(0.003)
+
+
+def test_a_quantile_above_all_bounds_is_the_last_bound() -> None:
+    assert _waits(0, 0, 5).quantile("wait_seconds", 0.5, since=_waits(0, 0, 0)) == 0.004
+
+
+def test_there_is_no_quantile_of_nothing() -> None:
+    page = _waits(3, 2, 1)
+    assert math.isnan(page.quantile("wait_seconds", 0.5, since=page))
+    assert math.isnan(page.quantile("absent", 0.5, since=page))
