@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memos_vllm.bench.intervals import median_interval, round_ratios
-from memos_vllm.bench.machine import default_block_tokens
+from memos_vllm.bench.machine import default_block_tokens, expected_prefill_tokens_a_second
 from memos_vllm.bench.plan import make_plan
 from memos_vllm.bench.record import Record, read_record
 from memos_vllm.bench.ttft import Settings, max_model_len, run
@@ -122,6 +122,7 @@ def measure(folder: Path, number: int) -> Record:
         block_tokens=default_block_tokens(),
         situations=sorted({name for pair in PAIRS for name in pair}),
         probes=False,
+        expected_prefill=expected_prefill_tokens_a_second(model),
     )
     settings = Settings(
         model=model, output=folder / f"run-{number}.json", seed=secrets.randbits(32)

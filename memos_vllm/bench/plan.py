@@ -27,6 +27,10 @@ _SETTLE_SECONDS = 0.5
 _PREFILL_TOKENS_A_SECOND = 2200.0
 _COSTS_SECONDS_A_ROUND = 25.0
 _LOAD_SECONDS = 600.0
+# What --quick keeps within, where the machine is fast enough for any length of memory.
+QUICK_SECONDS = 360.0
+# Its context at least: the prompts of a flood are to fit.
+_QUICK_MODEL_LEN = 4096
 _STEADY_FLOODS = 20
 
 
@@ -39,6 +43,7 @@ class Plan:
         probes: whether answers are compared with plain vLLM's.
         costs: whether plain traffic and saves are measured.
         load: whether many chats at once, and one cube through many floods, are.
+        expected_prefill: prompt tokens a second, until it is measured.
     """
 
     cells: tuple[Cell, ...]
@@ -49,6 +54,7 @@ class Plan:
     probes: bool = True
     costs: bool = True
     load: bool = True
+    expected_prefill: float = _PREFILL_TOKENS_A_SECOND
 
     @property
     def servers(self) -> tuple[Server, ...]:
@@ -79,8 +85,9 @@ class Plan:
         kept = tuple(one for one in self.situations if one.server is not server)
         return dataclasses.replace(self, situations=kept)
 
-    def seconds(self, prefill_tokens_a_second: float = _PREFILL_TOKENS_A_SECOND) -> float:
-        """About how long it takes on this kind of machine."""
+    def seconds(self, prefill_tokens_a_second: float | None = None) -> float:
+        """About how long it takes at this speed, or the expected one."""
+        prefill_tokens_a_second = prefill_tokens_a_second or self.expected_prefill
         start = _START_SECONDS * len(self.servers)
         rounds = sum(
             self.rounds * self._sample_seconds(situation, cell, prefill_tokens_a_second)
@@ -126,8 +133,11 @@ def make_plan(
     probes: bool = True,
     costs: bool | None = None,
     load: bool | None = None,
+    expected_prefill: float = _PREFILL_TOKENS_A_SECOND,
 ) -> Plan:
     """The full grid, the quick one, or what was asked for.
+
+    The quick one has the longest usual memory with which it ends within `QUICK_SECONDS`.
 
     Args:
         max_model_len: tokens that prompt and answer may have together.
@@ -158,12 +168,8 @@ def make_plan(
             f"{min(lengths)} has none"
         )
     names = situations or (QUICK if quick else [situation.name for situation in SITUATIONS])
-    return Plan(
-        cells=tuple(
-            Cell(tokens, QUERY_TOKENS[name])
-            for tokens in sorted(set(lengths))
-            for name in chosen_queries
-        ),
+    plan = Plan(
+        cells=(),
         situations=tuple(one for one in SITUATIONS if one.name in set(names)),
         rounds=rounds,
         block_tokens=block_tokens,
@@ -171,13 +177,28 @@ def make_plan(
         probes=probes,
         costs=not quick if costs is None else costs,
         load=not quick if load is None else load,
+        expected_prefill=expected_prefill,
     )
+
+    def with_memory(tokens: Sequence[int]) -> Plan:
+        cells = [
+            Cell(n, QUERY_TOKENS[name]) for n in sorted(set(tokens)) for name in chosen_queries
+        ]
+        needed = max(_QUICK_MODEL_LEN, max(tokens) + longest_query + _PROMPT_MARGIN)
+        # A shorter context needs a smaller pool, which other prompts fill sooner.
+        kept = min(max_model_len, needed) if quick else max_model_len
+        return dataclasses.replace(plan, cells=tuple(cells), max_model_len=kept)
+
+    if memory or not quick:
+        return with_memory(lengths)
+    choices = [with_memory([tokens]) for tokens in sorted(lengths, reverse=True)]
+    return next((one for one in choices if one.seconds() <= QUICK_SECONDS), choices[-1])
 
 
 def _lengths(room: int, *, quick: bool) -> list[int]:
     usual = [tokens for tokens in MEMORY_TOKENS if tokens <= room]
     if quick:
-        return usual[-1:]
+        return usual
     doubled = 2 * MEMORY_TOKENS[-1]
     while doubled <= room:
         usual.append(doubled)

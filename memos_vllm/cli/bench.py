@@ -81,7 +81,10 @@ def ttft(
     """Measure time to first token on real servers; what follows `--` goes to each of them."""
     from memos_vllm.bench import plan as planning
     from memos_vllm.bench import ttft as measuring
-    from memos_vllm.bench.machine import default_block_tokens
+    from memos_vllm.bench.machine import (
+        default_block_tokens,
+        expected_prefill_tokens_a_second,
+    )
     from memos_vllm.bench.report import markdown
     from memos_vllm.models.prepare import prepare
 
@@ -99,11 +102,18 @@ def ttft(
         probes=probes,
         costs=costs,
         load=load,
+        expected_prefill=expected_prefill_tokens_a_second(folder),
     )
     say(
         f"{len(plan.cells)} cells x {len(plan.situations)} situations x {plan.rounds} rounds on "
-        f"{len(plan.servers)} servers, about {measuring.minutes(plan.seconds())} on 2 CPU cores"
+        f"{len(plan.servers)} servers, about {measuring.minutes(plan.seconds())}"
     )
+    if quick and not memory:
+        say(
+            f"a memory of {plan.memory_tokens[0]:,} tokens: the longest with which this machine "
+            f"should end within {measuring.minutes(planning.QUICK_SECONDS)}; or name others with "
+            "--memory"
+        )
     if plan.rounds < planning.MIN_ROUNDS:
         say(f"fewer than {planning.MIN_ROUNDS} rounds: the intervals will say little")
     if dry_run:

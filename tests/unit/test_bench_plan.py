@@ -27,6 +27,20 @@ def test_the_quick_grid_takes_at_most_six_minutes() -> None:
     assert plan.servers == (Server.PLAIN, Server.MEMOS)
 
 
+@pytest.mark.parametrize("speed", [640.0, 1100.0, 2200.0, 20_000.0])
+def test_on_a_slower_machine_the_quick_grid_has_a_shorter_memory(speed: float) -> None:
+    plan = make_plan(quick=True, expected_prefill=speed, **MODEL)
+    (cell,) = plan.cells
+    assert plan.seconds() <= 360
+    assert (cell.memory_tokens < 3072) == (speed < 2200)
+
+
+def test_the_quick_grid_takes_the_memory_that_it_is_given() -> None:
+    plan = make_plan(quick=True, memory=[6144], expected_prefill=100.0, **MODEL)
+    assert plan.memory_tokens == (6144,)
+    assert plan.max_model_len >= 6144 + 32
+
+
 def test_a_model_with_a_short_context_gets_the_lengths_that_fit() -> None:
     plan = make_plan(quick=False, max_model_len=2048, block_tokens=128)
     assert plan.memory_tokens == (512, 1024)
