@@ -210,6 +210,7 @@ def _say_outcomes(machine: Machine, outcomes: list[Outcome], *, swept: Iterable[
         "TTFT p50",
         "p99",
         "p99 queued",
+        "TTFT grows",
         "engine busy",
     )
     output.say_table(heads, [_row(outcome, shown) for outcome in outcomes])
@@ -218,7 +219,7 @@ def _say_outcomes(machine: Machine, outcomes: list[Outcome], *, swept: Iterable[
 
 def _row(outcome: Outcome, shown: list[str]) -> list[str]:
     capacity = {tier.name: tier.capacity_bytes for tier in outcome.tiers}
-    queued = outcome.ttft_queued
+    queued, growth = outcome.ttft_queued, outcome.ttft_growth
     saved = outcome.prefill_seconds_saved
     return [
         *(output.size(capacity[name]) for name in shown),
@@ -229,5 +230,6 @@ def _row(outcome: Outcome, shown: list[str]) -> list[str]:
         f"{outcome.ttft.p50:.3f} s",
         f"{outcome.ttft.p99:.3f} s",
         f"{queued.p99:.3f} s" if queued else "overloaded",
+        f"{growth[0]:+.1%} to {growth[1]:+.1%}" if growth else "",
         f"{outcome.engine_busy:.0%}",
     ]

@@ -283,3 +283,51 @@ def test_the_simulator_imports_neither_torch_nor_vllm_nor_ray() -> None:
         "sys.exit(sum(name in sys.modules for name in ('torch', 'vllm', 'ray')))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+HOUR_OF_FLOODS = Workload(
+    cubes=1,
+    requests=180,
+    requests_per_second=0.05,
+    median_tokens=2048,
+    spread=0.0,
+    # Twice what the pool holds, between any two chats.
+    plain_tokens=32_768,
+)
+
+
+def test_through_an_hour_of_floods_the_first_token_stays_where_it_was() -> None:
+    machine = THIS_MACHINE.with_size("pool", 16_384 * THIS_MACHINE.kv_bytes_per_token)
+    trace = draw(HOUR_OF_FLOODS)
+    ours = replay(trace, machine, create_policy("ours"), warm_up=0.02)
+    assert ours.tiers[0].hit_rate == 1
+    assert ours.ttft_growth == (0, 0)
+    assert ours.ttft.p99 == ours.ttft.p50
+    plain = replay(trace, machine, create_policy("lru"), warm_up=0.02)
+    assert plain.tiers[0].hit_rate < 0.8
+
+
+def test_a_first_token_that_comes_later_and_later_is_seen() -> None:
+    number = 120
+    growing = chats(list(range(number)), [10 + index for index in range(number)])
+    outcome = replay(growing, TOY, create_policy("nothing"), block_tokens=1)
+    assert outcome.ttft_growth is not None
+    assert outcome.ttft_growth[0] > 1
+
+
+def test_a_few_chats_show_no_trend() -> None:
+    outcome = replay(chats([0] * 5, [2]), TOY, create_policy("lru"), block_tokens=1)
+    assert outcome.ttft_growth is None
+
+
+def test_more_plain_tokens_than_one_prompt_has_are_several_prompts() -> None:
+    """A prompt that fills the whole pool takes every block; what residency keeps outlives two."""
+    at_once = chats([0, 0, 0], [2], plain=[0, 8, 8])
+    in_parts = dataclasses.replace(at_once, plain_prompt_tokens=4)
+    machine = TOY.with_size("pool", 8)
+    policy = create_policy("ours", Tuning(residency_fraction=0.5))
+    hits = [
+        replay(trace, machine, policy, block_tokens=1).tiers[0].hit_rate
+        for trace in (at_once, in_parts)
+    ]
+    assert hits == [0, 2 / 3]

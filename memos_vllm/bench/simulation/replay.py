@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memos_vllm.bench.flatness import flatness
 from memos_vllm.bench.simulation.policies import Policy, PoolShape
 from memos_vllm.bench.simulation.tiers import Machine
 from memos_vllm.bench.simulation.trace import Trace
@@ -33,6 +34,9 @@ _MOST_BLOCKS = 20_000_000
 _PROGRESS_EVERY = 1 << 14
 # Closer to full use than this, waiting times depend on the trace's length more than on the tiers.
 _MOST_BUSY = 0.95
+# Slices of the trace whose mean TTFTs a trend is drawn through: the minutes of an hour.
+_SLICES = 60
+_LEAST_SLICES = 8
 
 Progress = Callable[[float], None]
 
@@ -79,6 +83,8 @@ class Outcome:
         ttft: of a chat that finds the engine idle.
         ttft_queued: of one that waits for the prefills before it; None where the engine is
             overloaded or nearly so, and waiting never settles.
+        ttft_growth: what `ttft` gains from the trace's start to its end, as a share of its median:
+            the 95 % interval of a line through the means of 60 slices; None for a few chats.
         engine_busy: share of the time that prefills take, plain prompts' too; can be above 1.
     """
 
@@ -92,6 +98,7 @@ class Outcome:
     load_seconds: float
     ttft: Quantiles
     ttft_queued: Quantiles | None
+    ttft_growth: tuple[float, float] | None
     engine_busy: float
 
     def as_json(self) -> dict[str, object]:
@@ -154,6 +161,7 @@ class _Walk:
         # To the nearest, so that coarse blocks do not make all memories together larger.
         self._sizes = [max(1, round(tokens / block_tokens)) for tokens in trace.cube_tokens]
         self._plain = [round(tokens / block_tokens) for tokens in trace.plain_tokens]
+        self._plain_prompt = max(1, round(trace.plain_prompt_tokens / block_tokens))
         self._pool = policy.pool(self._pool_shape())
         self._stores = [
             policy.store(tier.capacity_bytes // self._block_bytes) for tier in machine.stores
@@ -180,8 +188,10 @@ class _Walk:
     def chat(self, index: int) -> None:
         """Run the plain prompts before a chat, and the chat."""
         now, cube = self._trace.times[index], self._trace.cubes[index]
-        if self._plain[index]:
-            self._pool.run_plain(self._plain[index], now)
+        left = self._plain[index]
+        while left > 0:
+            self._pool.run_plain(min(left, self._plain_prompt), now)
+            left -= self._plain_prompt
         size, tokens = self._sizes[cube], self._trace.cube_tokens[cube]
         held = self._pool.held(cube)
         found = tokens if held >= size else held * self._block_tokens
@@ -223,6 +233,7 @@ class _Walk:
         computing = np.array(self._computed) / machine.prefill_tokens_per_second
         plain = np.array(trace.plain_tokens[first:]) / machine.prefill_tokens_per_second
         loading = np.array(self._loading)
+        ttft = loading + computing + machine.first_token_seconds
         busy = float(
             (computing.sum() + plain.sum())
             / (times[-1] - (trace.times[first - 1] if first else 0.0))
@@ -252,8 +263,9 @@ class _Walk:
             prefill_seconds=machine.prefill_seconds(wanted),
             prefill_seconds_saved=machine.prefill_seconds(wanted - computed_tokens),
             load_seconds=float(loading.sum()),
-            ttft=_quantiles(loading + computing + machine.first_token_seconds),
+            ttft=_quantiles(ttft),
             ttft_queued=queued,
+            ttft_growth=_growth(times, ttft),
             engine_busy=busy,
         )
 
@@ -282,6 +294,15 @@ def _waits(
         seconds[index] = end - now
         before = now
     return seconds
+
+
+def _growth(
+    times: npt.NDArray[np.float64], ttft: npt.NDArray[np.float64]
+) -> tuple[float, float] | None:
+    edges = np.linspace(times[0], times[-1], _SLICES + 1)
+    slices = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, _SLICES - 1)
+    means = [float(ttft[slices == one].mean()) for one in np.unique(slices)]
+    return flatness(means).growth_interval if len(means) >= _LEAST_SLICES else None
 
 
 def _quantiles(seconds: npt.NDArray[np.float64]) -> Quantiles:

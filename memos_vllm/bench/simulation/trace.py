@@ -26,6 +26,7 @@ class Workload:
         min_tokens, max_tokens: what drawn sizes are clipped to.
         plain_tokens: mean tokens of plain prompts between two chats with memory, exponentially
             distributed; they are never asked again and turn the KV pool over.
+        plain_prompt_tokens: of the longest of them; more are several prompts.
         drift_seconds: how often popularity changes; 0 is never.
         drift_share: the share of popularity ranks that go to other cubes then.
     """
@@ -39,12 +40,16 @@ class Workload:
     min_tokens: int = 256
     max_tokens: int = 8192
     plain_tokens: int = 2048
+    plain_prompt_tokens: int = 2048
     drift_seconds: float = 0.0
     drift_share: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("cubes", "requests", "requests_per_second", "median_tokens", "min_tokens")
+        positive = (
+            *("cubes", "requests", "requests_per_second", "median_tokens", "min_tokens"),
+            "plain_prompt_tokens",
+        )
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -68,12 +73,14 @@ class Trace:
         cubes: which cube each chat asks.
         plain_tokens: tokens of plain prompts that ran between the chat before and this one.
         cube_tokens: size of each cube's memory.
+        plain_prompt_tokens: most tokens of one plain prompt.
     """
 
     times: list[float]
     cubes: list[int]
     plain_tokens: list[int]
     cube_tokens: list[int]
+    plain_prompt_tokens: int = 2048
 
     @property
     def distinct_cubes(self) -> int:
@@ -104,6 +111,7 @@ def draw(workload: Workload) -> Trace:
         cubes=cubes.tolist(),
         plain_tokens=plain_tokens.astype(np.int64).tolist(),
         cube_tokens=_sizes(workload, sizes).tolist(),
+        plain_prompt_tokens=workload.plain_prompt_tokens,
     )
 
 
