@@ -213,6 +213,11 @@ def _catalog(data_dir: Path | None, catalog_url: str | None) -> Iterator[Mos]:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigurationError(f"MEMOS_{str(first['loc'][0]).upper()}: {first['msg']}") from error
+    if not settings.catalog_url and not (settings.data_dir / "catalog.sqlite").exists():
+        output.note(
+            f"memos-vllm: no server has used {settings.data_dir} yet; this makes its catalog, for "
+            "servers with this --data-dir"
+        )
     mos = Mos.open(settings.resolved_catalog_url)
     try:
         yield mos

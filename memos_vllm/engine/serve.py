@@ -104,7 +104,8 @@ def own_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--catalog-url",
         help="postgresql://USER@HOST/NAME, or SQLite in the data folder if absent; a password is "
-        "better given in MEMOS_CATALOG_URL or PGPASSWORD, which `ps` does not show",
+        "better given in MEMOS_CATALOG_URL (or PGPASSWORD, without --ray-address), which `ps` "
+        "does not show",
     )
     group.add_argument(
         "--artifact-url",
