@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -102,13 +103,10 @@ def control_plane(
         )
     after = read_metrics(fleet.url(Server.MEMOS))
     for share, promised in _PROMISED_WAITS.items():
-        yield Pair(
-            f"chat that names a cube waits for the control plane, p{share * 100:.0f}",
-            "promised",
-            "s",
-            after.quantile(_WAIT, share, since=before),
-            promised,
-        )
+        waited = after.quantile(_WAIT, share, since=before)
+        if not math.isnan(waited):
+            name = f"chat that names a cube waits for the control plane, p{share * 100:.0f}"
+            yield Pair(name, "promised", "s", waited, promised)
 
 
 def saving(fleet: Fleet, prompts: Prompts, *, memory_tokens: int, rounds: int) -> Iterator[Pair]:

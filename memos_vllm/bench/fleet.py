@@ -17,6 +17,7 @@ import httpx
 
 from memos_vllm.bench.record import Footprint
 from memos_vllm.bench.situations import Server
+from memos_vllm.interrupts import undisturbed
 from memos_vllm.process import ServerProcess, memos_command, plain_vllm_command
 
 SERVED = "bench"
@@ -85,7 +86,13 @@ class Fleet:
         self.start(server)
 
     def client(self, server: Server) -> httpx.Client:
-        """A client of the server, which runs from now on as the only one."""
+        """A client of the server, which runs from now on as the only one.
+
+        Raises:
+            ServerFailed: it did not come back after a restart, nor does it now.
+        """
+        if server not in self._clients:
+            self.start(server)
         self._pause_all(but=server)
         self._let_run(server)
         return self._clients[server]
@@ -101,7 +108,11 @@ class Fleet:
         )
 
     def stop(self) -> None:
-        """End all of them."""
+        """End all of them, whatever would end this process meanwhile."""
+        with undisturbed():
+            self._stop()
+
+    def _stop(self) -> None:
         for stack in self._paused.values():
             stack.close()
         self._paused.clear()
@@ -186,12 +197,14 @@ def drop_page_cache(folder: Path) -> None:
     """
     for root, _, names in os.walk(folder):
         for name in names:
-            descriptor = os.open(Path(root) / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+            # What is gone meanwhile need not be forgotten.
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(Path(root) / name, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                finally:
+                    os.close(descriptor)
 
 
 def _kibibytes(pid: int, file: str, field: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ _BAKE_SECONDS = 600.0
 _RESET_SECONDS = 60.0
 # Of the question that brings memory into the pool, and is not timed.
 _PRIMING_TOKENS = 32
+
+# What everything is compared with, and what is compared.
+REQUIRED = frozenset({Server.PLAIN, Server.MEMOS})
 
 Report = Callable[[float, str], None]
 
@@ -76,11 +80,20 @@ class Rounds:
 
     # --- before the rounds ----------------------------------------------------------------
 
-    def warm_up(self) -> None:
-        """The first chats of a process set up what later ones find."""
+    def warm_up(self) -> Iterator[tuple[Server, str]]:
+        """The first chats of a process set up what later ones find.
+
+        Returns:
+            The servers that do not answer, and why: they take no further part.
+        Raises:
+            MemosError: it is one that everything is compared with.
+        """
         for server in self._plan.servers:
-            for _ in range(2):
-                self._hello(server)
+            try:
+                for _ in range(2):
+                    self._hello(server)
+            except MemosError as error:
+                yield server, self._left_out(server, error)
 
     def prefill_tokens_a_second(self) -> float:
         """How fast this machine computes a prompt: what the plan's time follows from."""
@@ -89,38 +102,64 @@ class Rounds:
         reply = self._chat(Server.PLAIN, asking, query_tokens=_PRIMING_TOKENS)
         return reply.prompt_tokens / reply.ttft_seconds
 
-    def bake(self) -> Iterator[Build]:
-        """Make a cube for every length of memory on every server with cubes, and keep its KV."""
+    def bake(self) -> Iterator[Build | tuple[Server, str]]:
+        """Make a cube for every length of memory on every server with cubes, and keep its KV.
+
+        Returns:
+            The builds; and the servers that failed at one, and why, as `warm_up`.
+        """
         for server in self._plan.servers:
             if not server.has_cubes:
                 continue
-            self._fleet.client(server)
-            with MOS(self._fleet.url(server)) as mos:
-                for tokens, memory in self.memories.items():
-                    cube = mos.create_cube(cube_id(tokens))
-                    cube.add([{"text": note.text} for note in memory.notes])
-                    started = time.perf_counter()
-                    cube.promote("all", to="activation", wait=True, timeout_seconds=_BAKE_SECONDS)
-                    seconds = time.perf_counter() - started
-                    yield Build(server, tokens, seconds, cube.info().activation.bytes)
+            try:
+                yield from self._baked(server)
+            except MemosError as error:
+                yield server, self._left_out(server, error)
+
+    def _baked(self, server: Server) -> Iterator[Build]:
+        self._fleet.client(server)
+        with MOS(self._fleet.url(server)) as mos:
+            for tokens, memory in self.memories.items():
+                cube = mos.create_cube(cube_id(tokens))
+                cube.add([{"text": note.text} for note in memory.notes])
+                started = time.perf_counter()
+                cube.promote("all", to="activation", wait=True, timeout_seconds=_BAKE_SECONDS)
+                seconds = time.perf_counter() - started
+                yield Build(server, tokens, seconds, cube.info().activation.bytes)
+
+    def _left_out(self, server: Server, error: MemosError) -> str:
+        if server in REQUIRED:
+            raise error
+        self._plan = self._plan.without(server)
+        return str(error)
+
+    @property
+    def plan(self) -> Plan:
+        """What is measured: the plan without the servers that failed."""
+        return self._plan
 
     # --- the rounds -----------------------------------------------------------------------
 
-    def run(self, report: Report) -> Iterator[list[Sample]]:
+    def run(self, report: Report) -> Iterator[Sample]:
         """The samples of one round after the other."""
-        rows = [(cell, one) for cell in self._plan.cells for one in self._plan.situations]
-        total = len(rows) * self._plan.rounds
+        total = len(self._plan.cells) * len(self._plan.situations) * self._plan.rounds
         done = 0
         for number in range(self._plan.rounds):
-            # Cells too: what a minute does to the machine must not fall on one of them.
-            drawn = self._random.sample(rows, k=len(rows))
-            samples = []
-            for order, (cell, situation) in enumerate(drawn):
+            for order, (cell, situation) in enumerate(self._drawn()):
                 report(done / total, f"round {number + 1}: {situation.name}, {cell} tokens")
-                samples.append(self._sample(situation, cell, number=number, order=order))
+                yield self._sample(situation, cell, number=number, order=order)
                 done += 1
-            yield samples
         report(1.0, "all rounds done")
+
+    def _drawn(self) -> list[tuple[Cell, Situation]]:
+        """Every row once. The rows of a cell are neighbours, since they are compared; cells take
+        turns, so that what a minute does to the machine does not fall on one of them always."""
+        plan, draw = self._plan, self._random.sample
+        return [
+            (cell, situation)
+            for cell in draw(plan.cells, k=len(plan.cells))
+            for situation in draw(plan.situations, k=len(plan.situations))
+        ]
 
     def _sample(self, situation: Situation, cell: Cell, *, number: int, order: int) -> Sample:
         try:
@@ -165,6 +204,9 @@ class Rounds:
         """
         asking = self._asking(situation, cell.memory_tokens)
         if situation.whole_prompts:
+            # It keeps every prompt for good, and of those before none is asked for again.
+            for kept in (self._folder / situation.server).glob("*"):
+                shutil.rmtree(kept, ignore_errors=True)
             question = self._prompts.question(cell.query_tokens)
             asking = dataclasses.replace(asking, question=question)
         server = situation.server
@@ -218,7 +260,10 @@ class Rounds:
         client = self._fleet.client(server)
         deadline = time.monotonic() + _RESET_SECONDS
         while time.monotonic() < deadline:
-            reply = client.post("/reset_prefix_cache")
+            try:
+                reply = client.post("/reset_prefix_cache")
+            except httpx.HTTPError as error:
+                raise ChatFailed(f"no answer: {type(error).__name__}: {error}") from error
             if reply.status_code == httpx.codes.OK and reply.json()["success"]:
                 return
             time.sleep(0.05)

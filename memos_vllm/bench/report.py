@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from memos_vllm.bench.intervals import Interval, median_interval, of_cell, round_ratios
-from memos_vllm.bench.promises import Outcome, findings, losses
+from memos_vllm.bench.promises import FEWEST_ROUNDS, Outcome, findings, losses
 from memos_vllm.bench.record import Cell, Pair, Record, Sample
 from memos_vllm.bench.situations import BY_NAME, SITUATIONS
 from memos_vllm.errors import ConfigurationError
@@ -48,7 +48,7 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
 def _record(record: Record) -> str:
     parts = [
         _title(record),
-        _list("Where memory loses", _lost(record), none="Nowhere in this run, beyond noise."),
+        _list("Where memory loses", _lost(record), none=_nothing_lost(record)),
         _promises(record),
         *(_grid(record, query) for query in sorted({s.cell.query_tokens for s in record.samples})),
         _list("Not measured", [f"{name}: {why}" for name, why in record.skipped.items()]),
@@ -77,14 +77,50 @@ def _title(record: Record) -> str:
     )
 
 
+def _nothing_lost(record: Record) -> str:
+    if all(found.outcome is Outcome.OPEN for found in findings(record)):
+        return "Too little was compared to say."
+    return "Nowhere in this run, beyond noise."
+
+
 def _lost(record: Record) -> list[str]:
     lines = [
         f"`{name}` against `{rival}` at {cell} tokens: {_ratio(found)} times its time"
         for cell, name, rival, found in losses(record)
+        if not row_fault(record, cell, rival)
     ]
+    lines += [f"{name}: {ratio} of {base}" for name, base, ratio in _costly(record.pairs)]
+    lines += _lost_under_load(record)
     for cell, situation, reason in _failed(record):
         lines.append(f"`{situation}` at {cell} tokens failed: {reason}")
     return lines
+
+
+def _costly(pairs: Iterable[Pair]) -> Iterator[tuple[str, str, str]]:
+    """What memory makes worse for others beyond noise: what, beside what, by how much."""
+    for (name, base, unit), found in _grouped(pairs).items():
+        ratios = [pair.value / pair.base_value for pair in found if pair.base_value]
+        # Of speeds the lower is the worse; a single number is a count, or one that was promised.
+        if len(ratios) >= FEWEST_ROUNDS or (len(found) == 1 and ratios):
+            ratio = median_interval(ratios)
+            if ratio.high < 1 if unit.startswith("/") else ratio.low > 1:
+                yield name, base, _ratio(ratio)
+        elif len(found) == 1 and found[0].value > 0:
+            yield name, base, f"{found[0].value:.4g} instead of none"
+
+
+def _lost_under_load(record: Record) -> Iterator[str]:
+    goodput = {(run["situation"], run["concurrency"]): run for run in record.load}
+    for (situation, concurrency), run in goodput.items():
+        other = goodput.get(("apc", concurrency))
+        if situation == "memos" and other is not None:
+            ours, theirs = run["goodput_per_second"], other["goodput_per_second"]
+            if ours < theirs:
+                yield f"goodput, {concurrency} at once: {ours} a second, `apc` {theirs}"
+    for run in record.steady:
+        if run["situation"].startswith("memos-") and run["growth_interval"][0] > 0:
+            low, high = run["growth_interval"]
+            yield f"`{run['situation']}` through floods: TTFT grows by {low:.1%} to {high:.1%}"
 
 
 def _failed(record: Record) -> Iterator[tuple[Cell, str, str]]:
@@ -119,6 +155,7 @@ def _promises(record: Record) -> str:
         )
         for found in findings(record)
         if not row_fault(record, found.cell, found.promise.situation)
+        and not row_fault(record, found.cell, found.promise.base)
     ]
     return _table("Promised", ("ratio", "tokens", "promised", "measured (95 %)", ""), rows)
 
@@ -149,7 +186,8 @@ def _row(record: Record, cell: Cell, name: str, samples: Sequence[Sample]) -> tu
     ratios = []
     for base in _BASES:
         found = round_ratios(record.samples, cell, name, base)
-        ratios.append(_ratio(median_interval(found)) if found and base != name else "")
+        compared = found and base != name and not row_fault(record, samples[0].cell, base)
+        ratios.append(_ratio(median_interval(found)) if compared else "")
     cached = statistics.median(sample.cached_tokens for sample in samples)
     return (
         f"{cell.memory_tokens:,}",
@@ -191,12 +229,16 @@ def _verdicts(record: Record) -> str:
     return _table("Answers beside plain vLLM's", heads, rows, legend=noise)
 
 
-def _pairs(pairs: Iterable[Pair]) -> str:
+def _grouped(pairs: Iterable[Pair]) -> dict[tuple[str, str, str], list[Pair]]:
     grouped: dict[tuple[str, str, str], list[Pair]] = {}
     for pair in pairs:
         grouped.setdefault((pair.name, pair.base, pair.unit), []).append(pair)
+    return grouped
+
+
+def _pairs(pairs: Iterable[Pair]) -> str:
     rows = []
-    for (name, base, unit), found in grouped.items():
+    for (name, base, unit), found in _grouped(pairs).items():
         value = statistics.median(pair.value for pair in found)
         other = statistics.median(pair.base_value for pair in found)
         ratios = [pair.value / pair.base_value for pair in found if pair.base_value]

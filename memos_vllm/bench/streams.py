@@ -14,7 +14,7 @@ from memos_vllm.errors import MemosError
 
 
 class ChatFailed(MemosError):
-    """The server refused a chat, or broke its stream off."""
+    """The server refused a chat, broke its stream off, or cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,17 @@ def timed_chat(
     """Stream one greedy chat and time its first token.
 
     Raises:
-        ChatFailed: with what the server said.
+        ChatFailed: with what the server said, or why it cannot be reached.
     """
+    try:
+        return _timed(client, messages, max_tokens=max_tokens, **body)
+    except httpx.HTTPError as error:
+        raise ChatFailed(f"no answer: {type(error).__name__}: {error}") from error
+
+
+def _timed(
+    client: httpx.Client, messages: Sequence[Mapping[str, Any]], *, max_tokens: int, **body: Any
+) -> Timed:
     request = {
         "messages": list(messages),
         "max_tokens": max_tokens,

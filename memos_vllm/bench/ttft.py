@@ -15,15 +15,16 @@ from memos_vllm.bench.costs import control_plane, plain_traffic, preemptions, sa
 from memos_vllm.bench.fleet import Fleet, Startable, our_servers, server_environment, server_options
 from memos_vllm.bench.flood import read_pool
 from memos_vllm.bench.machine import describe_machine
-from memos_vllm.bench.measure import Report, Rounds
+from memos_vllm.bench.measure import REQUIRED, Report, Rounds
 from memos_vllm.bench.peers import ready_peers
 from memos_vllm.bench.plan import Plan
 from memos_vllm.bench.prompts import Prompts
-from memos_vllm.bench.record import Record, write_record
+from memos_vllm.bench.record import Build, Record, read_record, write_record
 from memos_vllm.bench.situations import Server
 from memos_vllm.bench.under_load import Library, load_runs, steady_runs
 from memos_vllm.bench.verdicts import judge
 from memos_vllm.errors import ConfigurationError, MemosError
+from memos_vllm.interrupts import ending_as_interrupt
 from memos_vllm.process import ServerFailed
 
 # Enough for a 99th percentile.
@@ -74,6 +75,7 @@ def run(plan: Plan, settings: Settings, *, note: Note, report: Report) -> Record
         report: is told the share done.
     """
     started = time.monotonic()
+    _make_room(settings.output, note)
     record = Record(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
@@ -87,16 +89,21 @@ def run(plan: Plan, settings: Settings, *, note: Note, report: Report) -> Record
             "server_options": list(settings.server_options),
         },
     )
+    # What cannot be written is found now.
+    write_record(record, settings.output)
     with tempfile.TemporaryDirectory(prefix="memos-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         servers = _servers(folder, plan, settings, record, note=note)
         for server in record.skipped:
             plan = plan.without(Server(server))
-        with _started(servers, plan, record, note=note) as (fleet, startable):
+        with (
+            ending_as_interrupt(),
+            _started(servers, plan, record, note=note) as (fleet, startable),
+        ):
             prompts = Prompts(settings.model, seed=settings.seed)
             rounds = Rounds(fleet, startable, prompts, folder=folder, seed=settings.seed)
             try:
-                _measure(record, fleet, startable, rounds, settings, note=note, report=report)
+                _measure(record, fleet, rounds, settings, note=note, report=report)
                 record.complete = True
             finally:
                 record.seconds = time.monotonic() - started
@@ -104,30 +111,48 @@ def run(plan: Plan, settings: Settings, *, note: Note, report: Report) -> Record
     return record
 
 
+def _make_room(output: Path, note: Note) -> None:
+    """Make the record's folder, and put a finished run that has its name aside."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"the record cannot be written: {error}") from error
+    with contextlib.suppress(MemosError):
+        if read_record(output).complete:
+            aside = output.with_name(f"{output.stem}-before{output.suffix}")
+            output.replace(aside)
+            note(f"{output} holds a finished run, which is {aside} from now on")
+
+
 def _measure(
     record: Record,
     fleet: Fleet,
-    plan: Plan,
     rounds: Rounds,
     settings: Settings,
     *,
     note: Note,
     report: Report,
 ) -> None:
-    rounds.warm_up()
+    for server, reason in rounds.warm_up():
+        _skip(record, server, reason, note)
     speed = rounds.prefill_tokens_a_second()
     record.settings["prefill_tokens_a_second"] = round(speed)
     note(f"this machine computes {speed:,.0f} prompt tokens a second")
     for build in rounds.bake():
+        if not isinstance(build, Build):
+            _skip(record, *build, note)
+            continue
         record.builds.append(build)
         note(
             f"{build.server}: {build.memory_tokens:,} tokens of memory baked in "
             f"{build.seconds:.2f} s, {build.size_bytes / 1e6:.1f} MB"
         )
+    plan = rounds.plan
     note(f"what follows takes about {minutes(plan.seconds(speed))}")
-    for samples in rounds.run(report):
-        record.samples += samples
-        write_record(record, settings.output)
+    for sample in rounds.run(report):
+        record.samples.append(sample)
+        if len(record.samples) % len(plan.situations) == 0:
+            write_record(record, settings.output)
     if plan.probes:
         for tokens in plan.memory_tokens:
             note(f"comparing answers with plain vLLM's, {tokens:,} tokens of memory")
@@ -137,6 +162,11 @@ def _measure(
     if plan.load:
         _load(record, fleet, plan, rounds, settings, note=note)
     _footprints(fleet, plan, record)
+
+
+def _skip(record: Record, server: Server, reason: str, note: Note) -> None:
+    record.skipped[server] = reason
+    note(f"skipped: {server}: {reason}")
 
 
 def _load(
@@ -234,7 +264,7 @@ def _started(
             try:
                 fleet.start(server)
             except ServerFailed as error:
-                if server in {Server.PLAIN, Server.MEMOS}:
+                if server in REQUIRED:
                     raise
                 record.skipped[server] = str(error)
                 plan = plan.without(server)

@@ -111,15 +111,16 @@ def load_runs(
 def summary(situation: str, run: LoadRun) -> dict[str, Any]:
     """One line of the report, with the raw samples under it."""
     times = [one.waited_seconds + one.ttft_seconds for one in run.answered]
-    p50, p99 = np.percentile(times, [50, 99]) if times else (float("nan"),) * 2
+    # Of chats that all failed there is none.
+    p50, p99 = (round(t * 1e3) for t in np.percentile(times, [50, 99])) if times else ("", "")
     return {
         "situation": situation,
         "concurrency": run.concurrency,
         "request_rate": round(run.request_rate, 2),
         "requests": len(run.requests),
         "goodput_per_second": round(run.felt_goodput_per_second, 2),
-        "ttft_p50_ms": round(p50 * 1e3),
-        "ttft_p99_ms": round(p99 * 1e3),
+        "ttft_p50_ms": p50,
+        "ttft_p99_ms": p99,
         "output_tokens_per_second": round(run.output_tokens_per_second, 1),
         "tokens_per_second_a_chat": round(
             float(np.median(run.tokens_per_second(with_memory=True) or (0.0,))), 1

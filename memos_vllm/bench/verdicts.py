@@ -42,7 +42,7 @@ def judge(fleet: Fleet, plan: Plan, rounds: Rounds, *, memory_tokens: int) -> It
         try:
             answers = _answers(fleet, rounds, situation, memory_tokens, questions)
             found = compare(answers, runs["warm"])
-        except (MemosError, ValueError, RuntimeError) as error:
+        except (MemosError, ValueError) as error:
             yield _failed(situation, memory_tokens, yardstick, str(error))
             continue
         yield Verdict(
@@ -59,7 +59,7 @@ def judge(fleet: Fleet, plan: Plan, rounds: Rounds, *, memory_tokens: int) -> It
 
 def fault_of_answers(answers: Answers, found: Comparison, noise: Comparison) -> str:
     """Why answers do not count; "" when they do."""
-    allowed = noise.gap + _APPROXIMATE_GAP.get(answers, 0.0)
+    allowed = noise.shift + _APPROXIMATE_GAP.get(answers, 0.0)
     if found.gap > allowed:
         return f"answers part at a gap of {found.gap:.3g} nats, at most {allowed:.3g} is noise"
     if answers is Answers.EXACT and found.differences:

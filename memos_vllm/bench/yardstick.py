@@ -14,12 +14,14 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
+from memos_vllm.bench.streams import ChatFailed
 
 MAX_TOKENS = 64
 REQUEST_SECONDS = 600.0
@@ -214,14 +216,20 @@ class Asker:
         )
 
     def _get(self, path: str) -> dict[str, Any]:
-        reply = self._client.get(path)
-        reply.raise_for_status()
-        return dict(reply.json())
+        return self._answered(path, lambda: self._client.get(path))
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        reply = self._client.post(path, json=body, timeout=REQUEST_SECONDS)
+        return self._answered(
+            path, lambda: self._client.post(path, json=body, timeout=REQUEST_SECONDS)
+        )
+
+    def _answered(self, path: str, send: Callable[[], httpx.Response]) -> dict[str, Any]:
+        try:
+            reply = send()
+        except httpx.HTTPError as error:
+            raise ChatFailed(f"{path}: no answer: {type(error).__name__}: {error}") from error
         if reply.status_code != httpx.codes.OK:
-            raise RuntimeError(f"{path} answered {reply.status_code}: {reply.text[:500]}")
+            raise ChatFailed(f"{path} answered {reply.status_code}: {reply.text[:500]}")
         return dict(reply.json())
 
 

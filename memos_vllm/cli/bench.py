@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from memos_vllm.cli import bench_simulate, output
 from memos_vllm.cli.options import AsJson
+
+_SERVER_OPTIONS = "memos_vllm.server_options"
 
 app = typer.Typer(
     help="Measure time to first token with memory, beside what you would use instead.",
@@ -23,7 +26,16 @@ def bench() -> None:
     """Measure time to first token with memory, beside what you would use instead."""
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+class _WithServerOptions(TyperCommand):
+    """A command whose arguments after `--` are for the servers."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        mark = args.index("--") if "--" in args else len(args)
+        ctx.meta[_SERVER_OPTIONS] = args[mark + 1 :]
+        return super().parse_args(ctx, args[:mark])
+
+
+@app.command(cls=_WithServerOptions)
 def ttft(
     context: typer.Context,
     model: Annotated[
@@ -109,11 +121,13 @@ def ttft(
         f"{len(plan.servers)} servers, about {measuring.minutes(plan.seconds())}"
     )
     if quick and not memory:
-        say(
-            f"a memory of {plan.memory_tokens[0]:,} tokens: the longest with which this machine "
-            f"should end within {measuring.minutes(planning.QUICK_SECONDS)}; or name others with "
-            "--memory"
+        fits = plan.seconds() <= planning.QUICK_SECONDS
+        why = (
+            f"the longest with which this machine should end within {planning.QUICK_SECONDS:.0f} s"
+            if fits
+            else "the shortest there is, as this machine is slow"
         )
+        say(f"a memory of {plan.memory_tokens[0]:,} tokens: {why}; --memory names others")
     if plan.rounds < planning.MIN_ROUNDS:
         say(f"fewer than {planning.MIN_ROUNDS} rounds: the intervals will say little")
     if dry_run:
@@ -122,7 +136,7 @@ def ttft(
         model=folder,
         output=target,
         seed=secrets.randbits(32) if seed is None else seed,
-        server_options=_server_options(blocks, context.args),
+        server_options=["--block-size", str(blocks), *context.meta[_SERVER_OPTIONS]],
     )
     with output.progress("measuring") as report:
         record = measuring.run(plan, settings, note=say, report=report)
@@ -161,7 +175,3 @@ def report(
 
 
 app.command()(bench_simulate.simulate)
-
-
-def _server_options(block_tokens: int, extra: list[str]) -> list[str]:
-    return ["--block-size", str(block_tokens), *extra]

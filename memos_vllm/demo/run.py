@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from memos_vllm.client import MOS
 from memos_vllm.config import default_models_dir
@@ -17,6 +14,7 @@ from memos_vllm.demo.scenes import CUBE_ID, QUICK, Samples, Show
 from memos_vllm.demo.screen import Screen
 from memos_vllm.demo.stage import SERVED_NAME, Stage, locked_folder
 from memos_vllm.errors import MemosError
+from memos_vllm.interrupts import ending_as_interrupt, undisturbed
 from memos_vllm.models.prepare import prepare
 from memos_vllm.process import ServerFailed
 
@@ -35,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     samples = QUICK if options.quick else Samples()
     screen = Screen()
     try:
-        with _ending_as_interrupt(), locked_folder(options.data_dir) as folder:
+        with ending_as_interrupt(), locked_folder(options.data_dir) as folder:
             return _play(screen, folder, samples)
     except KeyboardInterrupt:
         screen.failure("Interrupted; the server is gone, and the next run begins where it can.")
@@ -78,7 +76,8 @@ def _play(screen: Screen, folder: Path, samples: Samples) -> int:
         screen.failure(stage.server.log_tail())
         raise
     finally:
-        _kill_undisturbed(stage)
+        with undisturbed():
+            stage.server.kill()
     unused = unused_memory(show.results)
     if unused:
         screen.failure(
@@ -136,32 +135,3 @@ def _conclude(screen: Screen, show: Show) -> None:
     screen.line('        memos-vllm cube create mine; memos-vllm memory add mine --text "A fact."')
     screen.line("        memos-vllm cube promote mine; memos-vllm chat mine")
     screen.line(f"This demo's cube was {CUBE_ID}; README.md tells the rest.")
-
-
-@contextmanager
-def _ending_as_interrupt() -> Iterator[None]:
-    """Let a closed terminal and `kill` end the demo as Ctrl-C does, server and all."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in _ENDINGS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
-
-
-def _kill_undisturbed(stage: Stage) -> None:
-    """Kill what is left of the server; a second Ctrl-C must not leave half of it behind."""
-    numbers = (signal.SIGINT, *_ENDINGS)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        stage.server.kill()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,6 +14,8 @@ from marked_processes import MARK, marked
 
 from memos_vllm.bench.record import Record, read_record
 
+# Three servers, of which one starts five times, on a machine that may be slow.
+pytestmark = pytest.mark.timeout(2400)
 ROWS = (
     *("no-memory", "direct", "apc-warm", "apc-flooded", "memos-resident"),
     *("memos-flooded", "memos-store", "memos-restart", "memos-restart-cold", "memos-int8"),
@@ -31,12 +33,20 @@ def bench(record: Path, mark: str, *options: str) -> subprocess.Popen[str]:
     )
 
 
+def begun(record: Path) -> bool:
+    return record.exists() and bool(read_record(record).samples)
+
+
 @pytest.fixture(scope="module")
 def measured(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
     path = tmp_path_factory.mktemp("bench") / "run.json"
     rows = [argument for row in ROWS for argument in ("--situation", row)]
     running = bench(path, "bench", "--rounds", "1", "--no-costs", "--no-load", *rows)
-    said, _ = running.communicate()
+    try:
+        said, _ = running.communicate()
+    finally:
+        # Asked to stop, it stops its servers.
+        running.terminate()
     assert running.returncode == 0, said
     assert "fewer than 9 rounds" in said
     assert "Where memory loses" in said
@@ -68,11 +78,11 @@ def test_an_interrupted_run_ends_its_servers_and_leaves_what_it_measured(
     running = bench(
         record, mark, "--situation", "memos-resident", "--no-probes", "--no-costs", "--no-load"
     )
-    deadline = time.monotonic() + 300
-    while not record.exists() and time.monotonic() < deadline and running.poll() is None:
+    deadline = time.monotonic() + 900
+    while not begun(record) and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    said, _ = running.communicate(timeout=60)
+    said, _ = running.communicate(timeout=240)
     assert running.returncode == 130, said
     left = read_record(record)
     assert left.samples

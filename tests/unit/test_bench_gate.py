@@ -83,3 +83,21 @@ def test_an_update_widens_the_baseline_and_forgets_no_run(folder: Path) -> None:
     assert judged(folder, "now.json", more=["--update"]) == 0
     assert judged(folder, "now.json") == 0
     assert judged(folder, "before.json") == 0
+
+
+def test_a_ratio_of_the_baseline_that_was_not_measured_fails(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(record_of({"direct": WARM}), folder / "now.json")
+    assert judged(folder, "now.json") == 1
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_a_run_with_a_fault_does_not_count_once_another_has_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = run_of(1.0)
+    faulty.samples.append(sample("memos-resident", 11, 0.01, fault="HTTP 500"))
+    runs = [faulty, run_of(1.0)]
+    monkeypatch.setattr(gate, "measure", lambda _folder, number: runs[number])
+    assert gate.main(["--baseline", str(folder / "gate.json")]) == 0

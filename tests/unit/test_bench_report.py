@@ -165,3 +165,47 @@ def test_a_report_has_plots_and_is_the_same_for_the_same_record(tmp_path: Path) 
     for one, other in zip(written, again, strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert "](speed-up-1.svg)" in written[0].read_text()
+
+
+def test_what_memory_costs_others_is_a_loss_too() -> None:
+    record = times(memos_resident=1.0, apc_warm=1.0)
+    chat, save = "plain chat with the plugin", "another stream beside a save"
+    for seconds in STEADY:
+        record.pairs.append(Pair(chat, "plain vLLM", "s", 1.2 * seconds, seconds))
+        record.pairs.append(Pair(save, "beside none", "/s", 9 * seconds, 10 * seconds))
+        record.pairs.append(Pair("each token", "plain vLLM", "s", seconds, seconds))
+    record.pairs.append(Pair("wait, p99", "promised", "s", 0.050, 0.025))
+    record.pairs.append(Pair("preemptions", "plain vLLM", "", 2, 0))
+    first = markdown([record]).partition("A query")[0]
+    assert f"{chat}: 1.2" in first
+    assert f"{save}: 0.9" in first
+    assert "wait, p99: 2" in first
+    assert "preemptions: 2 instead of none of plain vLLM" in first
+    assert "each token" not in first
+
+
+def test_losses_under_load_and_through_floods_are_in_the_first_lines() -> None:
+    record = times(memos_resident=1.0, apc_warm=1.0)
+    run = {"concurrency": 4, "goodput_per_second": 1.0}
+    record.load += [{**run, "situation": "memos"}]
+    record.load += [{**run, "situation": "apc", "goodput_per_second": 1.5}]
+    flood = {"samples": [], "pools_flooded": 22.0, "growth": 0.2, "last_to_first": 1.2}
+    record.steady.append(
+        {**flood, "situation": "memos-flooded", "growth_interval": (0.1, 0.3), "sources": {}}
+    )
+    first = markdown([record]).partition("A query")[0]
+    assert "goodput, 4 at once: 1.0 a second, `apc` 1.5" in first
+    assert "`memos-flooded` through floods: TTFT grows by 10.0% to 30.0%" in first
+
+
+def test_a_run_that_compares_too_little_claims_nothing() -> None:
+    report = markdown([record_of({"memos-resident": [0.1] * 3, "apc-warm": [0.1] * 3})])
+    assert "Too little was compared to say." in report
+
+
+def test_a_rival_with_wrong_answers_is_nothing_to_be_compared_with() -> None:
+    record = times(memos_store=1.8, lmcache=1.0)
+    record.verdicts.append(Verdict("lmcache", 3072, 6, 3, 2.5, 2.5, "1 of 36", "gap of 2.5"))
+    first = markdown([record]).partition("A query")[0]
+    assert "against `lmcache`" not in first
+    assert "`lmcache` at 3,072 + 32 tokens failed" in first
