@@ -29,8 +29,8 @@ def describe_machine() -> dict[str, Any]:
     cpu = _cpu()
     return {
         "cpu": cpu.get("model name", platform.processor() or platform.machine()),
-        "flags": [flag for flag in _FLAGS if flag in cpu.get("flags", "").split()],
-        "cores": len(os.sched_getaffinity(0)),
+        "flags": _flags(cpu),
+        "cores": _cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",
@@ -59,12 +59,11 @@ def expected_prefill_tokens_a_second(model: Path) -> float:
         model: the folder with its weights.
     """
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) or _WEIGHTS_BYTES
-    machine = describe_machine()
     if not vllm_for_cpu():
         tokens = _TOKENS_ON_GPU
     else:
-        known = [rate for flag, rate in _TOKENS_A_CORE.items() if flag in machine["flags"]]
-        tokens = max(known, default=_TOKENS_A_PLAIN_CORE) * machine["cores"]
+        known = [_TOKENS_A_CORE[flag] for flag in _flags(_cpu()) if flag in _TOKENS_A_CORE]
+        tokens = max(known, default=_TOKENS_A_PLAIN_CORE) * _cores()
     return float(tokens * _WEIGHTS_BYTES / weights)
 
 
@@ -73,6 +72,14 @@ def _cpu() -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         return {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
     return {}
+
+
+def _flags(cpu: dict[str, str]) -> list[str]:
+    return [flag for flag in _FLAGS if flag in cpu.get("flags", "").split()]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from memos_vllm.bench.plan import Plan
 from memos_vllm.bench.prompts import Memory, Prompts
 from memos_vllm.bench.record import Build, Cell, Sample
 from memos_vllm.bench.situations import SITUATIONS, Server, Situation, State, fault_of
-from memos_vllm.bench.streams import ChatFailed, Timed, timed_chat
+from memos_vllm.bench.streams import ChatFailed, Timed, expecting_answer, timed_chat
 from memos_vllm.client import MOS
 from memos_vllm.errors import MemosError
 
@@ -34,6 +34,7 @@ _PRIMING_TOKENS = 32
 REQUIRED = frozenset({Server.PLAIN, Server.MEMOS})
 
 Report = Callable[[float, str], None]
+Skip = Callable[[Server, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,11 @@ class Rounds:
 
     # --- before the rounds ----------------------------------------------------------------
 
-    def warm_up(self) -> Iterator[tuple[Server, str]]:
+    def warm_up(self, skip: Skip) -> None:
         """The first chats of a process set up what later ones find.
 
-        Returns:
-            The servers that do not answer, and why: they take no further part.
+        Args:
+            skip: told of a server that does not answer, and why: it takes no further part.
         Raises:
             MemosError: it is one that everything is compared with.
         """
@@ -93,7 +94,7 @@ class Rounds:
                 for _ in range(2):
                     self._hello(server)
             except MemosError as error:
-                yield server, self._left_out(server, error)
+                self._leave_out(server, error, skip)
 
     def prefill_tokens_a_second(self) -> float:
         """How fast this machine computes a prompt: what the plan's time follows from."""
@@ -102,11 +103,11 @@ class Rounds:
         reply = self._chat(Server.PLAIN, asking, query_tokens=_PRIMING_TOKENS)
         return reply.prompt_tokens / reply.ttft_seconds
 
-    def bake(self) -> Iterator[Build | tuple[Server, str]]:
+    def bake(self, skip: Skip) -> Iterator[Build]:
         """Make a cube for every length of memory on every server with cubes, and keep its KV.
 
-        Returns:
-            The builds; and the servers that failed at one, and why, as `warm_up`.
+        Args:
+            skip: as of `warm_up`.
         """
         for server in self._plan.servers:
             if not server.has_cubes:
@@ -114,7 +115,7 @@ class Rounds:
             try:
                 yield from self._baked(server)
             except MemosError as error:
-                yield server, self._left_out(server, error)
+                self._leave_out(server, error, skip)
 
     def _baked(self, server: Server) -> Iterator[Build]:
         self._fleet.client(server)
@@ -127,11 +128,11 @@ class Rounds:
                 seconds = time.perf_counter() - started
                 yield Build(server, tokens, seconds, cube.info().activation.bytes)
 
-    def _left_out(self, server: Server, error: MemosError) -> str:
+    def _leave_out(self, server: Server, error: MemosError, skip: Skip) -> None:
         if server in REQUIRED:
             raise error
         self._plan = self._plan.without(server)
-        return str(error)
+        skip(server, str(error))
 
     @property
     def plan(self) -> Plan:
@@ -258,12 +259,11 @@ class Rounds:
     def empty_pool(self, server: Server) -> None:
         """Have vLLM forget its prefixes; it refuses while blocks are being saved."""
         client = self._fleet.client(server)
+        path = "/reset_prefix_cache"
         deadline = time.monotonic() + _RESET_SECONDS
         while time.monotonic() < deadline:
-            try:
-                reply = client.post("/reset_prefix_cache")
-            except httpx.HTTPError as error:
-                raise ChatFailed(f"no answer: {type(error).__name__}: {error}") from error
+            with expecting_answer(path):
+                reply = client.post(path)
             if reply.status_code == httpx.codes.OK and reply.json()["success"]:
                 return
             time.sleep(0.05)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,15 @@ from memos_vllm.errors import MemosError
 
 class ChatFailed(MemosError):
     """The server refused a chat, broke its stream off, or cannot be reached."""
+
+
+@contextmanager
+def expecting_answer(path: str) -> Iterator[None]:
+    """Have a server that cannot be reached raise ChatFailed, as one that refuses does."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise ChatFailed(f"{path}: no answer: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +57,6 @@ def timed_chat(
     Raises:
         ChatFailed: with what the server said, or why it cannot be reached.
     """
-    try:
-        return _timed(client, messages, max_tokens=max_tokens, **body)
-    except httpx.HTTPError as error:
-        raise ChatFailed(f"no answer: {type(error).__name__}: {error}") from error
-
-
-def _timed(
-    client: httpx.Client, messages: Sequence[Mapping[str, Any]], *, max_tokens: int, **body: Any
-) -> Timed:
     request = {
         "messages": list(messages),
         "max_tokens": max_tokens,
@@ -68,7 +69,8 @@ def _timed(
     first, text = None, ""
     usage: dict[str, Any] = {}
     memos: dict[str, Any] = {}
-    with client.stream("POST", "/v1/chat/completions", json=request) as reply:
+    path = "/v1/chat/completions"
+    with expecting_answer(path), client.stream("POST", path, json=request) as reply:
         if reply.status_code != httpx.codes.OK:
             raise ChatFailed(f"HTTP {reply.status_code}: {reply.read().decode()}")
         for line in reply.iter_lines():

@@ -19,7 +19,7 @@ from memos_vllm.bench.measure import REQUIRED, Report, Rounds
 from memos_vllm.bench.peers import ready_peers
 from memos_vllm.bench.plan import Plan
 from memos_vllm.bench.prompts import Prompts
-from memos_vllm.bench.record import Build, Record, read_record, write_record
+from memos_vllm.bench.record import Record, read_record, write_record
 from memos_vllm.bench.situations import Server
 from memos_vllm.bench.under_load import Library, load_runs, steady_runs
 from memos_vllm.bench.verdicts import judge
@@ -133,15 +133,16 @@ def _measure(
     note: Note,
     report: Report,
 ) -> None:
-    for server, reason in rounds.warm_up():
-        _skip(record, server, reason, note)
+
+    def skip(server: Server, reason: str) -> None:
+        record.skipped[server] = reason
+        note(f"skipped: {server}: {reason}")
+
+    rounds.warm_up(skip)
     speed = rounds.prefill_tokens_a_second()
     record.settings["prefill_tokens_a_second"] = round(speed)
     note(f"this machine computes {speed:,.0f} prompt tokens a second")
-    for build in rounds.bake():
-        if not isinstance(build, Build):
-            _skip(record, *build, note)
-            continue
+    for build in rounds.bake(skip):
         record.builds.append(build)
         note(
             f"{build.server}: {build.memory_tokens:,} tokens of memory baked in "
@@ -162,11 +163,6 @@ def _measure(
     if plan.load:
         _load(record, fleet, plan, rounds, settings, note=note)
     _footprints(fleet, plan, record)
-
-
-def _skip(record: Record, server: Server, reason: str, note: Note) -> None:
-    record.skipped[server] = reason
-    note(f"skipped: {server}: {reason}")
 
 
 def _load(

@@ -14,14 +14,14 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from memos_vllm.bench.streams import ChatFailed
+from memos_vllm.bench.streams import ChatFailed, expecting_answer
 
 MAX_TOKENS = 64
 REQUEST_SECONDS = 600.0
@@ -216,21 +216,20 @@ class Asker:
         )
 
     def _get(self, path: str) -> dict[str, Any]:
-        return self._answered(path, lambda: self._client.get(path))
+        with expecting_answer(path):
+            reply = self._client.get(path)
+        return _body_of(path, reply)
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._answered(
-            path, lambda: self._client.post(path, json=body, timeout=REQUEST_SECONDS)
-        )
+        with expecting_answer(path):
+            reply = self._client.post(path, json=body, timeout=REQUEST_SECONDS)
+        return _body_of(path, reply)
 
-    def _answered(self, path: str, send: Callable[[], httpx.Response]) -> dict[str, Any]:
-        try:
-            reply = send()
-        except httpx.HTTPError as error:
-            raise ChatFailed(f"{path}: no answer: {type(error).__name__}: {error}") from error
-        if reply.status_code != httpx.codes.OK:
-            raise ChatFailed(f"{path} answered {reply.status_code}: {reply.text[:500]}")
-        return dict(reply.json())
+
+def _body_of(path: str, reply: httpx.Response) -> dict[str, Any]:
+    if reply.status_code != httpx.codes.OK:
+        raise ChatFailed(f"{path} answered {reply.status_code}: {reply.text[:500]}")
+    return dict(reply.json())
 
 
 def read_answer(reply: dict[str, Any]) -> Answer:
