@@ -42,7 +42,7 @@ from models import tiny_model
 
 from memos_vllm.activation.store.manifest import artifact_key, decode_manifest, encode_manifest
 from memos_vllm.engine.secrets import load_keys
-from memos_vllm.process import ServerProcess
+from memos_vllm.process import ServerProcess, family_of
 
 LEASE_SECONDS = 30.0
 SAVE_RETRY_SECONDS = 30.0
@@ -382,14 +382,14 @@ def test_a_server_that_is_told_to_stop_leaves_nothing_behind(
 ) -> None:
     server = workshop.server
     ask(http, workshop.cubes["good"].id)
-    processes = server.pids()
-    segments = {path for process in processes for path in shared_memory_of(process)}
+    processes = family_of(server.pid)
+    segments = {path for process in processes for path in shared_memory_of(process.pid)}
     assert len(processes) > 1
     assert segments
 
     started = time.monotonic()
     os.kill(server.pid, signal.SIGTERM)
-    while any(is_alive(process) for process in processes):
+    while any(process.is_alive() for process in processes):
         assert time.monotonic() - started < STOP_SECONDS, "it did not stop in time"
         time.sleep(0.1)
 
@@ -458,13 +458,6 @@ def _fingerprint(path: Path) -> str:
 def is_vllm(process: int) -> bool:
     command = Path(f"/proc/{process}/cmdline").read_bytes()
     return b"memos_vllm.engine" in command or command.startswith(b"VLLM::")
-
-
-def is_alive(process: int) -> bool:
-    with contextlib.suppress(OSError, IndexError):
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        return state != "Z"
-    return False
 
 
 def shared_memory_of(process: int) -> set[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -150,3 +151,22 @@ def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
     )
+
+
+def add_at_once(desk: Desk, *, threads: int, each: int) -> list[BaseException]:
+    """Add memories from several threads; what failed."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(each):
+                desk.add("text")
+        except BaseException as error:  # noqa: BLE001  (handed to the caller)
+            failures.append(error)
+
+    working = [threading.Thread(target=work) for _ in range(threads)]
+    for thread in working:
+        thread.start()
+    for thread in working:
+        thread.join()
+    return failures

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from catalog_kit import ADMIN, Desk, open_desk
+from catalog_kit import ADMIN, Desk, add_at_once, open_desk
 from databases import Postgres
 
 from memos_vllm.control.catalog import Catalog
@@ -121,21 +121,7 @@ def test_a_server_with_another_default_isolation_serves_writers_all_the_same(
         name = desk.url.partition("@/")[2].partition("?")[0]
         desk.sql(f"ALTER DATABASE {name} SET default_transaction_isolation = '{level}'")
         desk.reopen()
-        failures: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                for _ in range(5):
-                    desk.add("text")
-            except BaseException as error:  # noqa: BLE001  (reported below)
-                failures.append(error)
-
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+        assert add_at_once(desk, threads=4, each=5) == []
         assert desk.mos.verify_audit().entries == 21
 
 

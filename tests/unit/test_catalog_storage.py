@@ -7,13 +7,12 @@ import os
 import stat
 import subprocess
 import sys
-import threading
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from catalog_kit import ADMIN, Desk, open_desk, start_python
+from catalog_kit import ADMIN, Desk, add_at_once, open_desk, start_python
 from databases import Database
 
 from memos_vllm.control.catalog import Catalog, create_catalog_engine
@@ -226,21 +225,7 @@ def test_a_broken_constraint_names_no_text(
 
 def test_threads_that_write_at_once_lose_nothing(tmp_path: Path, database: Database) -> None:
     with open_desk(tmp_path, database) as desk:
-        failures: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                for _ in range(10):
-                    desk.add("text")
-            except BaseException as error:  # noqa: BLE001  (reported below)
-                failures.append(error)
-
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+        assert add_at_once(desk, threads=8, each=10) == []
         assert desk.mos.get_cube(ADMIN, "c").memories.active == 80
         assert desk.mos.verify_audit().entries == 81
 
