@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import re
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from memos_vllm.client import AsyncMOS
 from memos_vllm.errors import MemosError
 
 _CONCURRENCY = 4
-_PROMPT_WORDS = 1900
+_PROMPT_WORDS = 900
+# Of the pool, for prompts that run at the same time. Memory may keep a quarter, and gives way to a
+# request that needs more than the rest: that would be another measurement.
+_RUNNING_SHARE = 0.75
 # Some more tokens than the pool holds, so that its last block is surely taken.
 FLOOD_SHARE = 1.1
 _WORDS = (
@@ -66,6 +70,8 @@ async def flood(
 ) -> int:
     """Send long prompts that share nothing until they have filled the pool and a bit more.
 
+    So many at once that they fit beside what memory may keep.
+
     Returns:
         The tokens that were sent.
     """
@@ -87,5 +93,16 @@ async def flood(
                 sent += max(0, int(reply.usage.get("prompt_tokens", 0)) - _PROMPT_WORDS)
                 progress(f"{sent:,} tokens sent")
 
-        await asyncio.gather(*(keep_asking() for _ in range(_CONCURRENCY)))
+        await asyncio.gather(*(keep_asking() for _ in range(concurrency_of(pool))))
     return sent
+
+
+def concurrency_of(pool: Pool) -> int:
+    """How many prompts of a flood run at once."""
+    fitting = int(_RUNNING_SHARE * pool.num_tokens / _longest_prompt(pool))
+    return max(1, min(_CONCURRENCY, fitting))
+
+
+def _longest_prompt(pool: Pool) -> int:
+    """In tokens of whole blocks: a word is a token, or some more, and a template stands around."""
+    return math.ceil(1.2 * _PROMPT_WORDS / pool.block_size) * pool.block_size

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from memos_vllm.bench.flood import FLOOD_SHARE
 from memos_vllm.bench.record import Cell
 from memos_vllm.bench.situations import BY_NAME, QUICK, SITUATIONS, Server, Situation, State
 from memos_vllm.errors import ConfigurationError
@@ -18,7 +19,6 @@ MIN_ROUNDS = 9
 _PROMPT_MARGIN = 160
 # Memory may keep a quarter of the pool unless the operator says otherwise.
 _POOL_SHARE = 4
-_FLOOD_SHARE = 1.1
 # One chat with nothing to compute, and a start, on 2 cores; they only say how long it takes.
 _CHAT_SECONDS = 0.2
 _START_SECONDS = 22.0
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def flood_tokens(self) -> float:
-        return _FLOOD_SHARE * self.pool_blocks * self.block_tokens
+        return FLOOD_SHARE * self.pool_blocks * self.block_tokens
 
     def without(self, server: Server) -> Plan:
         """The same without a server that cannot take part."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from memos_vllm.bench.flood import Pool, concurrency_of
 from memos_vllm.bench.plan import MIN_ROUNDS, make_plan
 from memos_vllm.bench.record import Cell
 from memos_vllm.bench.situations import BY_NAME, SITUATIONS, Server, fault_of
@@ -121,3 +122,8 @@ def test_a_sample_that_shows_something_else_is_a_fault(
     name: str, cached: int, source: str, said: str
 ) -> None:
     assert said in fault(name, cached=cached, source=source)
+
+
+@pytest.mark.parametrize(("blocks", "at_once"), [(12, 1), (36, 3), (300, 4)])
+def test_a_flood_leaves_memory_its_quarter_of_the_pool(blocks: int, at_once: int) -> None:
+    assert concurrency_of(Pool(blocks, 128)) == at_once
