@@ -21,9 +21,10 @@ from typing import Any
 
 from memos_vllm.bench.intervals import median_interval, round_ratios
 from memos_vllm.bench.machine import default_block_tokens, expected_prefill_tokens_a_second
+from memos_vllm.bench.measurement import Settings
 from memos_vllm.bench.plan import make_plan
 from memos_vllm.bench.record import Record, read_record
-from memos_vllm.bench.ttft import Settings, max_model_len, run
+from memos_vllm.bench.ttft import max_model_len, run
 from memos_vllm.models.prepare import prepare
 
 BASELINE = Path(__file__).parent / "gate.json"

@@ -170,7 +170,7 @@ def saving(fleet: Fleet, prompts: Prompts, *, memory_tokens: int, rounds: int) -
         cube.promote("all", to="activation", wait=True)
 
 
-def preemptions(fleet: Fleet, *, seed: int) -> Pair:
+def preemptions(fleet: Fleet, *, seed: int) -> Iterator[Pair]:
     """How often plain chats that saturate the pool are preempted, with the plugin and without."""
     counts = {}
     for server in (Server.PLAIN, Server.MEMOS):
@@ -195,7 +195,7 @@ def preemptions(fleet: Fleet, *, seed: int) -> Pair:
         with ThreadPoolExecutor(_SATURATING_CHATS) as pool:
             list(pool.map(ask, stories))
         counts[server] = _preempted(fleet.url(server)) - before
-    return Pair(
+    yield Pair(
         f"preemptions of {_SATURATING_CHATS} plain chats at once, with the plugin",
         "plain vLLM",
         "",

@@ -17,6 +17,7 @@ import httpx
 from memos_vllm.bench.fleet import SERVED, Fleet, data_dir, drop_page_cache
 from memos_vllm.bench.flood import flood, read_pool
 from memos_vllm.bench.plan import Plan
+from memos_vllm.bench.progress import Report
 from memos_vllm.bench.prompts import Memory, Prompts
 from memos_vllm.bench.record import Build, Cell, Sample
 from memos_vllm.bench.situations import SITUATIONS, Server, Situation, State, fault_of
@@ -33,7 +34,6 @@ _PRIMING_TOKENS = 32
 # What everything is compared with, and what is compared.
 REQUIRED = frozenset({Server.PLAIN, Server.MEMOS})
 
-Report = Callable[[float, str], None]
 Skip = Callable[[Server, str], None]
 
 

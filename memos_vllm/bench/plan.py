@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 from memos_vllm.bench.flood import FLOOD_SHARE
 from memos_vllm.bench.record import Cell
-from memos_vllm.bench.situations import BY_NAME, QUICK, SITUATIONS, Server, Situation, State
+from memos_vllm.bench.situations import (
+    BY_NAME,
+    QUICK,
+    SITUATIONS,
+    Answers,
+    Server,
+    Situation,
+    State,
+)
 from memos_vllm.errors import ConfigurationError
 
 MEMORY_TOKENS = (512, 1024, 2048, 3072)
@@ -85,23 +93,37 @@ class Plan:
         kept = tuple(one for one in self.situations if one.server is not server)
         return dataclasses.replace(self, situations=kept)
 
+    @property
+    def compared(self) -> tuple[Situation, ...]:
+        """The rows whose answers are held against plain vLLM's."""
+        return tuple(one for one in self.situations if one.answers is not Answers.REFERENCE)
+
     def seconds(self, prefill_tokens_a_second: float | None = None) -> float:
         """About how long it takes at this speed, or the expected one."""
-        prefill_tokens_a_second = prefill_tokens_a_second or self.expected_prefill
         start = _START_SECONDS * len(self.servers)
-        rounds = sum(
-            self.rounds * self._sample_seconds(situation, cell, prefill_tokens_a_second)
-            for cell in self.cells
-            for situation in self.situations
-        )
-        probing = 0.0
+        return start + sum(self.parts(prefill_tokens_a_second).values())
+
+    def parts(self, prefill_tokens_a_second: float | None = None) -> dict[str, float]:
+        """What follows the start, in its order, and the seconds that each should take."""
+        prefill = prefill_tokens_a_second or self.expected_prefill
+        seconds = {
+            "rounds": sum(
+                self.rounds * self._sample_seconds(situation, cell, prefill)
+                for cell in self.cells
+                for situation in self.situations
+            )
+        }
         if self.probes:
-            for tokens in self.memory_tokens:
-                reference = 12 * (tokens / prefill_tokens_a_second + 1.5)
-                probing += reference + 6.0 * len(self.situations)
-        costs = self.rounds * _COSTS_SECONDS_A_ROUND if self.costs else 0.0
-        load = _LOAD_SECONDS + 2 * _STEADY_FLOODS * self.flood_tokens / prefill_tokens_a_second
-        return start + rounds + probing + costs + (load if self.load else 0.0)
+            seconds["answers"] = sum(
+                12 * (tokens / prefill + 1.5) + 6.0 * len(self.compared)
+                for tokens in self.memory_tokens
+            )
+        if self.costs:
+            seconds["costs"] = self.rounds * _COSTS_SECONDS_A_ROUND
+        if self.load:
+            seconds["load"] = _LOAD_SECONDS
+            seconds["floods"] = 2 * _STEADY_FLOODS * self.flood_tokens / prefill
+        return seconds
 
     def _sample_seconds(self, situation: Situation, cell: Cell, prefill: float) -> float:
         whole = (cell.memory_tokens + cell.query_tokens) / prefill

@@ -13,6 +13,7 @@ import httpx
 from memos_vllm.bench.flatness import Flatness, flatness
 from memos_vllm.bench.flood import read_pool
 from memos_vllm.bench.metrics import read_metrics
+from memos_vllm.bench.progress import Report
 from memos_vllm.bench.streams import Timed, timed_chat
 from memos_vllm.bench.traffic import Filler
 
@@ -85,7 +86,7 @@ def chat_through_floods(
     flood_prompts: int,
     flood_every: int,
     seed: int,
-    progress: Callable[[str], None] = lambda _: None,
+    report: Report = lambda _share, _message: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[SteadyChat, ...]:
     """Ask a cube again and again, with a flood before every `flood_every`-th question.
@@ -107,7 +108,11 @@ def chat_through_floods(
         done.append(
             SteadyChat(at_seconds, sample.ttft_seconds, sample.cached_tokens, source, flood_seconds)
         )
-        progress(f"{number + 1} of {chats} chats: {sample.ttft_seconds:.3f} s, {source}")
+        report(
+            (number + 1) / chats,
+            f"chat {number + 1} of {chats} through floods: {sample.ttft_seconds:.3f} s, "
+            f"{source or 'prefix cache'}",
+        )
     return tuple(done)
 
 
@@ -121,7 +126,7 @@ def run_steady(
     flood_pools: float = 1.1,
     flood_every: int = 1,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
+    report: Report = lambda _share, _message: None,
 ) -> SteadyRun:
     """Chat about one memory through floods of unrelated prompts.
 
@@ -148,7 +153,7 @@ def run_steady(
         flood_prompts=flood_prompts,
         flood_every=flood_every,
         seed=seed,
-        progress=progress,
+        report=report,
     )
     sent = read_metrics(url).total("vllm:prompt_tokens_total") - before
     return SteadyRun(done, pools_flooded=sent / pool.num_tokens)

@@ -12,6 +12,7 @@ import numpy as np
 from memos_vllm.bench.fleet import SERVED, Fleet
 from memos_vllm.bench.load import LoadPlan, LoadRun, run_load
 from memos_vllm.bench.measure import cube_id
+from memos_vllm.bench.progress import Report, piece
 from memos_vllm.bench.prompts import Memory, Prompts
 from memos_vllm.bench.situations import Server
 from memos_vllm.bench.steady import as_user, run_steady
@@ -38,8 +39,6 @@ _OUTPUT_TOKENS = 16
 _RATES = {1: 0.7, 4: 1.5, 16: 3.0}
 _RATE_SPEED = 2200.0
 _LIMIT_SECONDS = 1.0
-
-Note = Callable[[str], None]
 
 
 class Library:
@@ -73,7 +72,7 @@ def load_runs(
     tokenizer: Path,
     prefill_tokens_a_second: float,
     seed: int,
-    note: Note,
+    report: Report,
 ) -> Iterator[dict[str, Any]]:
     """Poisson arrivals over a Zipf mix of the cubes, on plain vLLM and with memory.
 
@@ -89,9 +88,10 @@ def load_runs(
             lambda asked: asking_cubes(asked, output_tokens=_OUTPUT_TOKENS),
         ),
     }
+    done = 0
     for concurrency in CONCURRENCIES:
         for name, (server, plan_chats) in ways.items():
-            note(f"load: {name}, {concurrency} at once")
+            report(done / (len(CONCURRENCIES) * len(ways)), f"load: {name}, {concurrency} at once")
             # The same questions for both; new ones for each concurrency.
             questions = draw_questions(
                 list(library.memories), number=_CHATS_A_RUN, seed=seed + concurrency
@@ -106,6 +106,7 @@ def load_runs(
             fleet.client(server)
             run = run_load(plan, url=fleet.url(server), model=SERVED, tokenizer=tokenizer)
             yield summary(name, run)
+            done += 1
 
 
 def summary(situation: str, run: LoadRun) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def steady_runs(
     *,
     memory_tokens: int,
     seed: int,
-    note: Note,
+    report: Report,
 ) -> Iterator[dict[str, Any]]:
     """Chats about one memory while floods of other prompts cycle the pool, on both servers."""
     salt = prompts.salt()
@@ -151,8 +152,7 @@ def steady_runs(
             lambda text: prompts.with_memory(as_user(text), memory),
         ),
     }
-    for name, (server, body, compose) in ways.items():
-        note(f"{STEADY_CHATS} chats through floods: {name}")
+    for number, (name, (server, body, compose)) in enumerate(ways.items()):
         run = run_steady(
             fleet.client(server),
             model=SERVED,
@@ -162,6 +162,7 @@ def steady_runs(
             flood_pools=_STEADY_FLOOD_POOLS,
             flood_every=_STEADY_FLOOD_EVERY,
             seed=seed,
+            report=piece(report, number, len(ways)),
         )
         flat = run.after_floods
         yield {

@@ -36,9 +36,7 @@ def judge(fleet: Fleet, plan: Plan, rounds: Rounds, *, memory_tokens: int) -> It
     questions = [[{"role": "user", "content": text}] for text in PROBES]
     asker = Asker(fleet.client(Server.PLAIN), max_tokens=_ANSWER_TOKENS)
     yardstick, runs = measure(asker, [rounds.messages(reference, one) for one in questions])
-    for situation in plan.situations:
-        if situation.answers is Answers.REFERENCE:
-            continue
+    for situation in plan.compared:
         try:
             answers = _answers(fleet, rounds, situation, memory_tokens, questions)
             found = compare(answers, runs["warm"])

@@ -97,6 +97,8 @@ def ttft(
         default_block_tokens,
         expected_prefill_tokens_a_second,
     )
+    from memos_vllm.bench.measurement import Settings
+    from memos_vllm.bench.progress import minutes
     from memos_vllm.bench.report import markdown
     from memos_vllm.models.prepare import prepare
 
@@ -118,7 +120,7 @@ def ttft(
     )
     say(
         f"{len(plan.cells)} cells x {len(plan.situations)} situations x {plan.rounds} rounds on "
-        f"{len(plan.servers)} servers, about {measuring.minutes(plan.seconds())}"
+        f"{len(plan.servers)} servers, about {minutes(plan.seconds())}"
     )
     if quick and not memory:
         fits = plan.seconds() <= planning.QUICK_SECONDS
@@ -132,7 +134,7 @@ def ttft(
         say(f"fewer than {planning.MIN_ROUNDS} rounds: the intervals will say little")
     if dry_run:
         return
-    settings = measuring.Settings(
+    settings = Settings(
         model=folder,
         output=target,
         seed=secrets.randbits(32) if seed is None else seed,

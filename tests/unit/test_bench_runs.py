@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from memos_vllm.bench import ttft
 from memos_vllm.bench.fleet import Fleet, drop_page_cache
-from memos_vllm.bench.record import read_record, write_record
+from memos_vllm.bench.measurement import Measurement, Settings
+from memos_vllm.bench.plan import make_plan
+from memos_vllm.bench.record import Pair, read_record, write_record
 from memos_vllm.bench.situations import Answers, Server
 from memos_vllm.bench.streams import ChatFailed, timed_chat
 from memos_vllm.bench.verdicts import fault_of_answers
@@ -146,3 +148,47 @@ def test_an_option_with_a_typing_error_is_misuse(commands: typer.Typer) -> None:
     result = CliRunner().invoke(commands, ["ttft", "--qiuck", "--dry-run"])
     assert result.exit_code == 2
     assert "--qiuck" in result.output
+
+
+class NoRounds:
+    """Rounds of no samples, on servers that do not come up."""
+
+    plan = make_plan(quick=False, max_model_len=8192, block_tokens=128, memory=[512], probes=False)
+
+    def warm_up(self, skip: object) -> None: ...
+    def prefill_tokens_a_second(self) -> float:
+        return 1000.0
+
+    def bake(self, skip: object) -> Iterator[object]:
+        return iter(())
+
+    def run(self, report: object) -> Iterator[object]:
+        return iter(())
+
+
+def test_a_part_that_fails_is_skipped_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair("plain chat", "plain vLLM", "s", 1.0, 1.0)
+    measured = {"_measure_load": ["load"], "_measure_floods": ["floods"]}
+
+    def costs(self: Measurement, report: object) -> None:
+        self._record.pairs.append(pair)
+        raise ServerFailed("no memory")
+
+    monkeypatch.setattr(Measurement, "_measure_costs", costs)
+    for name, ran in measured.items():
+        monkeypatch.setattr(Measurement, name, lambda self, report, ran=ran: ran.append("ran"))
+    monkeypatch.setattr(Measurement, "_measure_footprints", lambda self: None)
+    record, output = record_of({"direct": [1.0]}), tmp_path / "ttft.json"
+    Measurement(
+        record,
+        Settings(tmp_path, output, seed=1),
+        fleet=Fleet({}),
+        rounds=NoRounds(),  # type: ignore[arg-type]
+        note=lambda _: None,
+        report=lambda _share, _message: None,
+    ).measure()
+    assert record.skipped == {"costs": "no memory"}
+    assert read_record(output).pairs == [pair]
+    assert all(ran[-1] == "ran" for ran in measured.values())
