@@ -17,6 +17,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from memos_vllm.activation.store.worth import rank_after_use
+
 # Callers choose how many conversations and heads there are; this bounds what each costs.
 MAX_PREFIXES = 512
 # Choosing what to keep anew takes 15 ms for 25,000 blocks: not with every request.
@@ -79,19 +81,6 @@ class _KeptBlock:
     block_hash: Hashable
     rank: float
     owners: dict[Hashable, ResidentPrefix] = field(default_factory=dict)
-
-
-def rank_after_use(rank: float | None, age: float) -> float:
-    """Uses, halved every half-life: as log2(weight) + time, which orders weights of different
-    ages without decaying each.
-
-    Args:
-        rank: after the use before; None for the first one.
-        age: the time now, in half-lives since any fixed moment.
-    """
-    if rank is None:
-        return age
-    return age + math.log2(1.0 + 2.0 ** min(rank - age, 1000.0))
 
 
 class Residency:

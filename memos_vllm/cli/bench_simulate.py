@@ -80,8 +80,7 @@ def simulate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="ours, ours-by-use (a proposal), lru, arc or nothing; may be repeated; all when "
-            "absent.",
+            help="ours, lru, arc or nothing; may be repeated; all when absent.",
             show_default=False,
         ),
     ] = None,

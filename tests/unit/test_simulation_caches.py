@@ -1,4 +1,4 @@
-"""The simulator's caches against hand-worked traces, the paper's ARC and the store's own LRU."""
+"""The simulator's caches against hand-worked traces, the paper's ARC and the store's own ledger."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from memos_vllm.activation.store import ArtifactManifest, LeastRecentlyUsed, PrefixIdentity
+from memos_vllm.activation.store import ArtifactManifest, LeastValuableFirst, PrefixIdentity
 from memos_vllm.activation.store.errors import ArtifactStoreFull
 from memos_vllm.activation.store.ledger import Ledger
+from memos_vllm.activation.store.worth import Worth
 from memos_vllm.bench.simulation.caches import (
     Arc,
     BlockLru,
@@ -211,17 +212,21 @@ def test_a_larger_store_of_lru_never_holds_less_where_every_artifact_fits(
         larger.use(key, SIZES[key], 0.0)
 
 
-@given(keys=Traces, capacity=st.integers(1, 30))
+@given(keys=Traces, capacity=st.integers(1, 30), names=st.integers(0, 5))
 def test_the_simulated_store_holds_what_the_real_stores_ledger_holds(
-    keys: list[int], capacity: int
+    keys: list[int], capacity: int, names: int
 ) -> None:
-    simulated = WholeLru(capacity)
-    ledger = Ledger(budget_bytes=capacity, policy=LeastRecentlyUsed())
+    simulated = WholeByUse(capacity, half_life_seconds=10.0, names=names)
+    ledger = Ledger(
+        budget_bytes=capacity,
+        policy=LeastValuableFirst(),
+        worth=Worth(half_life_seconds=10.0, names=names),
+    )
     for now, key in enumerate(keys, start=1):
         simulated.use(key, SIZES[key], float(now))
         name = str(key)
         if ledger.index.get(name) is not None:
-            ledger.use(name, now=float(now))
+            ledger.worth.use(name, now=float(now))
         else:
             _save(ledger, name, SIZES[key], now=float(now))
         real = {int(manifest.key): manifest.size_bytes for manifest in ledger.index.manifests()}
@@ -230,9 +235,10 @@ def test_the_simulated_store_holds_what_the_real_stores_ledger_holds(
 
 def _save(ledger: Ledger, name: str, size: int, *, now: float) -> None:
     """As `ArtifactStore._commit` does, without the files."""
+    identity = PrefixIdentity(name, "m", "n", 1)
     manifest = ArtifactManifest(
         key=name,
-        identity=PrefixIdentity("s", "m", "n", 1),
+        identity=identity,
         token_ids=np.full(16, int(name), dtype=np.uint32),
         num_tokens=16,
         total_layers=1,
@@ -242,12 +248,12 @@ def _save(ledger: Ledger, name: str, size: int, *, now: float) -> None:
         size_bytes=size,
     )
     try:
-        victims = ledger.victims(name, size, replaced=None, now=now)
+        victims = ledger.victims(name, size, replaced=None, identity=identity, now=now)
     except ArtifactStoreFull:
         return
+    ledger.commit(manifest, now=now)
     for victim in victims:
-        ledger.forget(victim.key)
-    ledger.offer(manifest, last_used_at=now)
+        ledger.evict(victim)
 
 
 @given(keys=Traces, capacity=st.integers(1, 30), names=st.integers(0, 5))

@@ -40,7 +40,7 @@ TOY = Machine(
     tiers=(Tier("pool", 4), Tier("disk", 100, 100.0, 0.01)),
 )
 THIS_MACHINE, H100 = MACHINES["this-machine"], MACHINES["h100"]
-CACHING = ["ours", "ours-by-use", "lru", "arc"]
+CACHING = ["ours", "lru", "arc"]
 SMALL = Workload(cubes=400, requests=4000, requests_per_second=3.0, seed=5)
 
 

@@ -3,7 +3,8 @@
 Files: `data/<2 hex>/<content digest>.safetensors` hold KV and never change; one
 `manifests/<key>.json` per artifact names its shards under a MAC and is the commit point;
 `tmp/` holds unfinished files, `quarantine/` what was found bad, `erased/` a mark per
-discarded scope. No torch and no vllm in here.
+discarded scope. A manifest's mtime is what its artifact's uses are worth (`worth.py`), which may be
+days ahead. No torch and no vllm in here.
 """
 
 from memos_vllm.activation.store.artifact_store import ArtifactStore
@@ -14,7 +15,7 @@ from memos_vllm.activation.store.errors import (
     ArtifactStoreFull,
     ArtifactUnreadable,
 )
-from memos_vllm.activation.store.eviction import ArtifactUsage, EvictionPolicy, LeastRecentlyUsed
+from memos_vllm.activation.store.eviction import ArtifactUsage, EvictionPolicy, LeastValuableFirst
 from memos_vllm.activation.store.reader import ArtifactReader
 from memos_vllm.activation.store.types import (
     ArtifactManifest,
@@ -40,7 +41,7 @@ __all__ = [
     "ArtifactUsage",
     "EvictionPolicy",
     "KvDtype",
-    "LeastRecentlyUsed",
+    "LeastValuableFirst",
     "Match",
     "PrefixIdentity",
     "ScanReport",

@@ -17,7 +17,7 @@ from memos_vllm.activation.store.errors import (
     ArtifactStoreFull,
     save_error,
 )
-from memos_vllm.activation.store.eviction import EvictionPolicy, LeastRecentlyUsed
+from memos_vllm.activation.store.eviction import EvictionPolicy, LeastValuableFirst
 from memos_vllm.activation.store.ledger import Ledger
 from memos_vllm.activation.store.manifest import artifact_key, encode_manifest
 from memos_vllm.activation.store.paths import StorePaths, is_key
@@ -49,8 +49,6 @@ from memos_vllm.activation.store.writer import ShardWriter
 from memos_vllm.errors import ArtifactError, ArtifactMissing
 
 logger = logging.getLogger(__name__)
-
-_USE_RESOLUTION_SECONDS = 60.0
 
 
 class ArtifactStore:
@@ -94,7 +92,7 @@ class ArtifactStore:
             self._paths, budget_bytes=quarantine_budget_bytes, clock=clock
         )
         self._ledger = Ledger(
-            budget_bytes=budget_bytes, policy=eviction_policy or LeastRecentlyUsed()
+            budget_bytes=budget_bytes, policy=eviction_policy or LeastValuableFirst()
         )
         self._index = self._ledger.index
         self._watch = FolderWatch(self._paths.manifests)
@@ -138,7 +136,7 @@ class ArtifactStore:
         """
         name = f"of scope {identity.scope[:12]}"
         self._refuse_erased(name, identity.scope)
-        self._victims(name, size_bytes, replaced=None)
+        self._victims(name, size_bytes, identity=identity)
 
     def commit(
         self,
@@ -257,12 +255,16 @@ class ArtifactStore:
         self._ledger.unpin(key)
 
     def mark_used(self, key: str) -> None:
-        """Note a use for eviction order; also in the manifest's mtime, for restarts."""
-        now = self._clock()
-        before = self._ledger.use(key, now=now)
-        if now - before >= _USE_RESOLUTION_SECONDS and is_key(key):
-            with contextlib.suppress(OSError):
-                os.utime(self._paths.manifest(key), (now, now))
+        """Note a use for eviction order, and once a minute on disk."""
+        if self._index.get(key) is None:
+            return
+        now, worth = self._clock(), self._ledger.worth
+        due = worth.due(key, now=now)
+        if due:
+            self._look_at_worth(key)
+        worth.use(key, now=now)
+        if due:
+            self._write_worth(key)
 
     def forget(self, key: str) -> None:
         """Stop offering `key` in this process, until its manifest is written anew; no IO."""
@@ -321,6 +323,7 @@ class ArtifactStore:
             for path in list(unnamed_shards_of(self._paths, scope, named=named)):
                 path.unlink(missing_ok=True)
             self._quarantine.drop_scope(scope)
+            self._ledger.worth.forget_scope(scope)
         return len(erased)
 
     def erased_among(self, scopes: Iterable[str]) -> frozenset[str]:
@@ -337,7 +340,7 @@ class ArtifactStore:
         """Delete the least valuable unpinned artifacts until the budget holds; their keys."""
         with self._lock.held():
             self.refresh()
-            return self._evict(self._victims("", 0, replaced=None))
+            return self._evict(self._victims("", 0))
 
     # The state on disk.
 
@@ -362,7 +365,7 @@ class ArtifactStore:
                 self._offer(manifest)
             self._watch.changes()
             self._counts["quarantined"] += len(found.quarantined)
-            evicted = self._evict(self._victims("", 0, replaced=None))
+            evicted = self._evict(self._victims("", 0))
         return ScanReport(
             num_artifacts=self.num_artifacts,
             quarantined=tuple(found.quarantined),
@@ -424,7 +427,7 @@ class ArtifactStore:
         data = encode_manifest(manifest, mac_key=self._mac_key)
         size_bytes = len(data) + sum(shard.size_bytes for shard in manifest.shards)
         replaced = self._index.get(key)
-        victims = self._victims(key, size_bytes, replaced=replaced)
+        victims = self._victims(key, size_bytes, replaced=replaced, identity=manifest.identity)
         # Others go only after this one is safe: a save that fails costs nobody else.
         try:
             write_file(self._paths.temporaries, self._paths.manifest(key), data)
@@ -433,33 +436,56 @@ class ArtifactStore:
         if replaced is not None:
             self._remove_shards(replaced, keep=manifest)
         committed = dataclasses.replace(manifest, size_bytes=size_bytes)
-        self._offer(committed)
+        for changed in [key, *self._ledger.commit(committed, now=self._clock())]:
+            self._write_worth(changed)
         self._counts["committed"] += 1
         self._evict(victims)
         return committed
 
     def _victims(
-        self, name: str, size_bytes: int, *, replaced: ArtifactManifest | None
+        self,
+        name: str,
+        size_bytes: int,
+        *,
+        replaced: ArtifactManifest | None = None,
+        identity: PrefixIdentity | None = None,
     ) -> list[ArtifactManifest]:
+        if self._ledger.excess(size_bytes, replaced=replaced) > 0:
+            # What other processes have used counts as well.
+            for manifest in self._index.manifests():
+                self._look_at_worth(manifest.key)
         try:
-            return self._ledger.victims(name, size_bytes, replaced=replaced, now=self._clock())
+            return self._ledger.victims(
+                name, size_bytes, replaced=replaced, identity=identity, now=self._clock()
+            )
         except ArtifactStoreFull:
             self._counts["refused"] += 1
             raise
 
     def _evict(self, victims: Sequence[ArtifactManifest]) -> tuple[str, ...]:
         for manifest in victims:
-            self._ledger.forget(manifest.key)
+            self._ledger.evict(manifest)
             delete_artifact(self._paths, manifest)
             self._counts["evicted"] += 1
             logger.info("evicted artifact %s: over the store's budget", manifest.key)
         return tuple(manifest.key for manifest in victims)
 
     def _offer(self, manifest: ArtifactManifest) -> None:
-        last_used_at = manifest.created_at
+        self._look_at_worth(manifest.key)
+        self._ledger.offer(manifest)
+
+    def _look_at_worth(self, key: str) -> None:
+        """What an artifact is worth is its manifest's mtime: it outlives the process, and others
+        see it."""
         with contextlib.suppress(OSError):
-            last_used_at = self._paths.manifest(manifest.key).stat().st_mtime
-        self._ledger.offer(manifest, last_used_at=last_used_at)
+            worth = self._paths.manifest(key).stat().st_mtime
+            self._ledger.worth.see(key, worth, now=self._clock())
+
+    def _write_worth(self, key: str) -> None:
+        now, worth = self._clock(), self._ledger.worth
+        with contextlib.suppress(OSError):
+            os.utime(self._paths.manifest(key), (now, worth.of(key, otherwise=now)))
+            worth.wrote(key, now=now)
 
     def _readable(self, key: str) -> ArtifactManifest | None:
         """The manifest on disk if it can be used; a bad one is left for the next scan."""

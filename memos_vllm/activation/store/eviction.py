@@ -9,14 +9,19 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class ArtifactUsage:
-    """What a policy may know about an artifact; times in seconds since the epoch."""
+    """What a policy may know about an artifact; times in seconds since the epoch.
+
+    Attributes:
+        worth: its uses, halved every half-life, as a time: that of its use, if there was one. Twice
+            the uses are worth a half-life more.
+    """
 
     key: str
     scope: str
     num_tokens: int
     size_bytes: int
     created_at: float
-    last_used_at: float
+    worth: float
 
 
 class EvictionPolicy(Protocol):
@@ -25,9 +30,9 @@ class EvictionPolicy(Protocol):
     def order(self, candidates: Sequence[ArtifactUsage], *, now: float) -> list[ArtifactUsage]: ...
 
 
-class LeastRecentlyUsed:
-    """Oldest use first; of two used at the same time, the larger."""
+class LeastValuableFirst:
+    """The fewest uses lately first; of two that are worth the same, the larger."""
 
     def order(self, candidates: Sequence[ArtifactUsage], *, now: float) -> list[ArtifactUsage]:
         del now
-        return sorted(candidates, key=lambda usage: (usage.last_used_at, -usage.size_bytes))
+        return sorted(candidates, key=lambda usage: (usage.worth, -usage.size_bytes))

@@ -73,6 +73,11 @@ class PrefixIndex:
         with self._lock:
             return list(self._manifests.values())
 
+    def keys_of(self, identity: PrefixIdentity) -> list[str]:
+        with self._lock:
+            group = self._groups.get(identity)
+            return list(group.manifests) if group else []
+
     def add(self, manifest: ArtifactManifest) -> None:
         """Offer an artifact, in place of one of the same key."""
         digests = list(_start_digests(manifest.token_ids))

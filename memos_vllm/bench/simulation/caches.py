@@ -9,7 +9,7 @@ import heapq
 from collections import OrderedDict
 from typing import Protocol
 
-from memos_vllm.activation.residency import rank_after_use
+from memos_vllm.activation.store.worth import GONE_NAMES, HALF_LIFE_SECONDS, rank_after_use
 
 
 class Cache(Protocol):
@@ -40,7 +40,7 @@ class KeepsNothing:
 
 
 class WholeLru:
-    """Whole artifacts, the least recently used one out first: `store.LeastRecentlyUsed`.
+    """Whole artifacts, the least recently used one out first.
 
     One that is larger than the capacity is not taken, and changes nothing.
     """
@@ -67,11 +67,10 @@ class WholeLru:
 
 
 class WholeByUse:
-    """Whole artifacts, the one with the fewest uses lately out first: a proposal, which the
-    store does not follow today.
+    """Whole artifacts, the one with the fewest uses lately out first, as our store has them.
 
-    Uses are weighed as `Residency` weighs them. An artifact that went is remembered by name,
-    so that one which comes back is not taken for new.
+    It is what `store.worth` does, on memories that nobody edits and with a heap in the place
+    of the order that the store makes anew when its budget is short.
 
     Args:
         half_life_seconds: how fast past uses lose their worth.
@@ -79,7 +78,11 @@ class WholeByUse:
     """
 
     def __init__(
-        self, capacity: int, *, half_life_seconds: float = 48 * 3600.0, names: int = 10_000
+        self,
+        capacity: int,
+        *,
+        half_life_seconds: float = HALF_LIFE_SECONDS,
+        names: int = GONE_NAMES,
     ) -> None:
         self._capacity, self._names = capacity, names
         self._half_life = half_life_seconds

@@ -107,7 +107,7 @@ class AdaptiveReplacement:
 
 
 class Ours:
-    """What the server does: the engine's `Residency` on the pool, the store's LRU below.
+    """What the server does: the engine's `Residency` on the pool, the store's `Worth` below.
 
     It is the engine's class, with its bound of 512 prefixes and its rebalancing once a second
     of the trace, not a copy.
@@ -130,21 +130,11 @@ class Ours:
         )
 
     def store(self, capacity: int) -> Cache:
-        return WholeLru(capacity)
-
-
-class OursByUse(Ours):
-    """A proposal: our pool, and a store that weighs uses as residency does."""
-
-    name = "ours-by-use"
-
-    def store(self, capacity: int) -> Cache:
         return WholeByUse(capacity)
 
 
 POLICIES: dict[str, Callable[[Tuning], Policy]] = {
     "ours": Ours,
-    "ours-by-use": OursByUse,
     "lru": lambda _tuning: Lru(),
     "arc": lambda _tuning: AdaptiveReplacement(),
     "nothing": lambda _tuning: KeepNothing(),
