@@ -11,12 +11,13 @@ it reads the layer, and a page may by then be another request's.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from memos_vllm.activation.fingerprint import same_kv_scale
 from memos_vllm.activation.store import (
     ArtifactManifest,
+    ArtifactReader,
     ArtifactStore,
     ArtifactUnreadable,
     ShardEntry,
@@ -115,6 +117,7 @@ class WorkerHalf:
         self._saves_done: list[SaveReport] = []
         self._report = StepReport()
         self._loader = ThreadPoolExecutor(1, "memos-load", initializer=unpin_thread)
+        self._verifier = ThreadPoolExecutor(1, "memos-verify", initializer=unpin_thread)
         self._saver = ThreadPoolExecutor(1, "memos-save", initializer=_start_saver)
 
     def prepare(self, *, num_blocks: int) -> None:
@@ -195,6 +198,7 @@ class WorkerHalf:
     def shutdown(self) -> None:
         """End the threads; a save that has not started is dropped, one under way ends."""
         self._loader.shutdown(wait=True, cancel_futures=True)
+        self._verifier.shutdown(wait=True, cancel_futures=True)
         self._saver.shutdown(wait=True, cancel_futures=True)
 
     def _submit(
@@ -253,9 +257,12 @@ class WorkerHalf:
         layers = range(rank.layer_start, rank.layer_start + pages.num_layers)
         heads = range(rank.head_start, rank.head_start + geometry.num_kv_heads)
         num_bytes = 0
-        with self._store.open_shards(manifest, layers=layers, heads=heads) as reader:
+        with (
+            self._store.open_shards(manifest, layers=layers, heads=heads) as reader,
+            _verified_ahead(self._verifier, reader, num_tokens=end) as verified,
+        ):
             for index, layer in enumerate(layers):
-                # Verified, and still in the core's cache when it is copied.
+                verified(layer)
                 kv = _as_tensor(reader.layer(layer, num_tokens=end), dtype)[:, first:]
                 mover.import_layer(index, kv, slots, encoding=encoding, after=mark)
                 num_bytes += kv.numel() * dtype.itemsize
@@ -343,6 +350,34 @@ class WorkerHalf:
                 pages = self._open_pages()
                 self._loads_by, self._saves_by = self._move(pages), self._move(pages)
             return self._loads_by, self._saves_by
+
+
+@contextlib.contextmanager
+def _verified_ahead(
+    verifier: Executor, reader: ArtifactReader, *, num_tokens: int
+) -> Iterator[Callable[[int], None]]:
+    """Verify layers in another thread while those before them are copied.
+
+    Yields:
+        To be called with a layer before it is read: waits for the other thread where that has
+        begun with it. Otherwise the reader verifies it itself, and nobody waits for a busy core.
+    Raises:
+        ArtifactError: from the call, as `ArtifactReader.verify_layer`.
+    """
+    ahead = {
+        layer: verifier.submit(reader.verify_layer, layer, num_tokens=num_tokens)
+        for layer in reader.layers
+    }
+
+    def verified(layer: int) -> None:
+        if not ahead[layer].cancel():
+            ahead[layer].result()
+
+    try:
+        yield verified
+    finally:
+        # The reader is closed next, which takes the memory away from what is still under way.
+        wait([future for future in ahead.values() if not future.cancel()])
 
 
 def _encoding_of(manifest: ArtifactManifest) -> Encoding:

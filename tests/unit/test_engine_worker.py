@@ -16,7 +16,9 @@ from store_samples import MAC_KEY, overwrite
 
 from memos_vllm.activation.store import (
     ArtifactManifest,
+    ArtifactReader,
     ArtifactStore,
+    ArtifactUnreadable,
     PrefixIdentity,
     ShardLayout,
 )
@@ -518,6 +520,50 @@ def test_after_a_failed_load_the_next_one_works(new_rank: NewRank) -> None:
     assert loader.load("0" * 64, [1, 10, 3, 6]).error
     assert loader.load(manifest.key, [1, 10, 3, 6]).error is None
     assert torch.equal(bits(loader.tokens_at([1, 10, 3, 6])), bits(saver.tokens_at([7, 2, 9, 4])))
+
+
+def test_a_load_does_not_wait_for_a_thread_that_has_not_begun_to_verify(new_rank: NewRank) -> None:
+    saver, manifest = baked(new_rank)
+    loader = new_rank(seed=2)
+    begun, over = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        begun.set()
+        over.wait(20)
+
+    other = loader.half._verifier.submit(busy)
+    try:
+        assert begun.wait(20)
+        assert loader.load(manifest.key, [1, 10, 3, 6]).error is None
+        assert not other.done()
+    finally:
+        over.set()
+    assert torch.equal(bits(loader.tokens_at([1, 10, 3, 6])), bits(saver.tokens_at([7, 2, 9, 4])))
+
+
+def test_memory_stays_until_a_verification_under_way_is_over(
+    new_rank: NewRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, manifest = baked(new_rank)
+    loader = new_rank(seed=2)
+    begun, running = threading.Event(), set[int]()
+
+    def slow(self: ArtifactReader, layer: int, *, num_tokens: int) -> None:
+        running.add(layer)
+        begun.set()
+        time.sleep(0.2)
+        running.remove(layer)
+
+    def failing(self: ArtifactReader, layer: int, *, num_tokens: int) -> None:
+        assert begun.wait(20)
+        raise ArtifactUnreadable(manifest.key, "no memory")
+
+    monkeypatch.setattr(ArtifactReader, "verify_layer", slow)
+    monkeypatch.setattr(ArtifactReader, "layer", failing)
+    report = loader.load(manifest.key, [1, 10, 3, 6])
+    assert "no memory" in str(report.error)
+    assert not report.unusable
+    assert not running
 
 
 def test_a_save_that_fails_is_reported_and_leaves_no_file(
