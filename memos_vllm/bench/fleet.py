@@ -17,12 +17,14 @@ import httpx
 
 from memos_vllm.bench.record import Footprint
 from memos_vllm.bench.situations import Server
+from memos_vllm.bench.streams import ChatFailed, expecting_answer
 from memos_vllm.interrupts import undisturbed
 from memos_vllm.process import ServerProcess, memos_command, plain_vllm_command
 
 SERVED = "bench"
 _REQUEST_SECONDS = 600.0
 _START_SECONDS = 420.0
+_RESET_SECONDS = 60.0
 # Timers that ran out while a server was stopped all fire when it goes on: Ray's, vLLM's, ours.
 _SETTLE_SECONDS = 1.0
 
@@ -96,6 +98,23 @@ class Fleet:
         self._pause_all(but=server)
         self._let_run(server)
         return self._clients[server]
+
+    def empty_pool(self, server: Server) -> None:
+        """Have vLLM forget its prefixes, and memory what it keeps of them in the pool.
+
+        Raises:
+            ChatFailed: it keeps refusing to, as while blocks are being saved.
+        """
+        client = self.client(server)
+        path = "/reset_prefix_cache"
+        deadline = time.monotonic() + _RESET_SECONDS
+        while time.monotonic() < deadline:
+            with expecting_answer(path):
+                reply = client.post(path)
+            if reply.status_code == httpx.codes.OK and reply.json()["success"]:
+                return
+            time.sleep(0.05)
+        raise ChatFailed("the block pool cannot be emptied: vLLM keeps refusing to")
 
     def footprint(self, server: Server, *, pool_bytes: int) -> Footprint:
         """What the server has taken of the machine's memory so far."""

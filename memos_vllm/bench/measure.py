@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from memos_vllm.bench.fleet import SERVED, Fleet, data_dir, drop_page_cache
 from memos_vllm.bench.flood import flood, read_pool
 from memos_vllm.bench.plan import Plan
@@ -21,13 +19,12 @@ from memos_vllm.bench.progress import Report
 from memos_vllm.bench.prompts import Memory, Prompts
 from memos_vllm.bench.record import Build, Cell, Sample
 from memos_vllm.bench.situations import SITUATIONS, Server, Situation, State, fault_of
-from memos_vllm.bench.streams import ChatFailed, Timed, expecting_answer, timed_chat
+from memos_vllm.bench.streams import Timed, timed_chat
 from memos_vllm.client import MOS
 from memos_vllm.errors import MemosError
 
 _ANSWER_TOKENS = 4
 _BAKE_SECONDS = 600.0
-_RESET_SECONDS = 60.0
 # Of the question that brings memory into the pool, and is not timed.
 _PRIMING_TOKENS = 32
 
@@ -211,6 +208,9 @@ class Rounds:
             question = self._prompts.question(cell.query_tokens)
             asking = dataclasses.replace(asking, question=question)
         server = situation.server
+        if situation.state is State.FLOODED:
+            # Or what other rows asked for stays in the pool in this memory's place.
+            self._fleet.empty_pool(server)
         if situation.state in {State.WARM, State.FLOODED, State.NOT_RESIDENT}:
             self._chat(server, asking, query_tokens=_PRIMING_TOKENS)
         if situation.state is State.FLOODED:
@@ -218,7 +218,7 @@ class Rounds:
             seed = self._random.randrange(2**32)
             asyncio.run(flood(self._fleet.url(server), self._pool, seed=seed))
         elif situation.state is State.NOT_RESIDENT:
-            self.empty_pool(server)
+            self._fleet.empty_pool(server)
         elif situation.state is State.RESTARTED:
             self._fleet.restart(server)
         elif situation.state is State.RESTARTED_COLD:
@@ -255,19 +255,6 @@ class Rounds:
             max_tokens=_ANSWER_TOKENS,
             **asking.body,
         )
-
-    def empty_pool(self, server: Server) -> None:
-        """Have vLLM forget its prefixes; it refuses while blocks are being saved."""
-        client = self._fleet.client(server)
-        path = "/reset_prefix_cache"
-        deadline = time.monotonic() + _RESET_SECONDS
-        while time.monotonic() < deadline:
-            with expecting_answer(path):
-                reply = client.post(path)
-            if reply.status_code == httpx.codes.OK and reply.json()["success"]:
-                return
-            time.sleep(0.05)
-        raise ChatFailed("the block pool cannot be emptied: vLLM keeps refusing to")
 
     def _hello(self, server: Server) -> None:
         hello = [{"role": "user", "content": f"Say hello to {self._prompts.filler(4)}."}]

@@ -16,6 +16,7 @@ from memos_vllm.bench.progress import Report, piece
 from memos_vllm.bench.prompts import Memory, Prompts
 from memos_vllm.bench.situations import Server
 from memos_vllm.bench.steady import as_user, run_steady
+from memos_vllm.bench.streams import timed_chat
 from memos_vllm.bench.traffic import (
     PlannedChat,
     Question,
@@ -153,6 +154,9 @@ def steady_runs(
         ),
     }
     for number, (name, (server, body, compose)) in enumerate(ways.items()):
+        # Or what the runs before asked for stays in the pool in this memory's place.
+        fleet.empty_pool(server)
+        timed_chat(fleet.client(server), compose("Hello."), model=SERVED, max_tokens=1, **body)
         run = run_steady(
             fleet.client(server),
             model=SERVED,

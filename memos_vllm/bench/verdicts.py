@@ -83,7 +83,7 @@ def _answers(
     chats = [Chat(rounds.messages(asking, one), asking.body) for one in questions]
     if situation.whole_prompts:
         asker.ask_each(chats)
-        rounds.empty_pool(situation.server)
+        fleet.empty_pool(situation.server)
     return asker.ask_each(chats)
 
 
