@@ -215,6 +215,14 @@ def send_archive(case: Case, known: Known, draw: Draw) -> None:
         case.query["id"] = known.fresh()
 
 
+def send_document(case: Case, known: Known, draw: Draw) -> None:
+    """Mostly give a form a file and nothing unknown; what chance draws has neither."""
+    del known
+    if isinstance(case.body, dict) and draw(_usually):
+        kept = {name: case.body[name] for name in ("file", "labels", "tags") if name in case.body}
+        case.body = {"file": "A document.", **kept}
+
+
 def _damaged(archive: bytes, draw: Draw) -> bytes:
     """An archive that is whole, cut short, altered in one byte, or nothing of the kind."""
     place = draw(st.integers(0, len(archive) - 1))

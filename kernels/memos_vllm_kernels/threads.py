@@ -26,35 +26,41 @@ def unpinned_thread(*, num_threads: int = 1) -> Iterator[None]:
             own.
     """
     pinned = _affinity(0)
-    before = torch.get_num_threads()
-    unpin_thread(num_threads=num_threads)
+    before = unpin_thread(num_threads=num_threads)
     try:
         yield
     finally:
-        _limit_this_thread(before, everyone_else=before)
+        with _setting_threads:
+            torch._C.set_num_threads(before)
         _set_affinity(pinned)
 
 
-def unpin_thread(*, num_threads: int = 1) -> None:
-    """What `unpinned_thread` does, for good: for a thread that does nothing but such copies."""
-    before = torch.get_num_threads()
+def unpin_thread(*, num_threads: int = 1) -> int:
+    """What `unpinned_thread` does, for good: for a thread that does nothing but such copies.
+
+    Returns:
+        The limit that the thread had.
+    """
     _set_affinity(_cores_of_process())
-    _limit_this_thread(num_threads, everyone_else=before)
+    return _limit_this_thread(num_threads)
 
 
-def _limit_this_thread(num_threads: int, *, everyone_else: int) -> None:
+def _limit_this_thread(num_threads: int) -> int:
     """set_num_threads is per thread, but also becomes the default of threads not yet seen.
 
-    So the default is put back at once, from a thread that ends here. vLLM's CPU worker replaces
-    `torch.set_num_threads` by a warning, to protect its own threads; these are not touched.
+    So the default is put back at once, from a thread that ends here. It is read under the same
+    lock: a thread that begins meanwhile would take this one's limit for everyone's. vLLM's CPU
+    worker replaces `torch.set_num_threads` by a warning, to protect its own threads; these are not
+    touched.
     """
     with _setting_threads:
+        before = torch.get_num_threads()
         torch._C.set_num_threads(num_threads)
-        if num_threads == everyone_else:
-            return
-        restorer = threading.Thread(target=torch._C.set_num_threads, args=(everyone_else,))
-        restorer.start()
-        restorer.join()
+        if num_threads != before:
+            restorer = threading.Thread(target=torch._C.set_num_threads, args=(before,))
+            restorer.start()
+            restorer.join()
+    return before
 
 
 def _cores_of_process() -> set[int]:

@@ -11,12 +11,16 @@ import pytest
 import schemathesis
 from api_harness import build_app, finish_jobs, open_app
 from fastapi.testclient import TestClient
-from fuzz_kit import Known, fuzz, labels, operations, send_archive
+from fuzz_kit import Known, fuzz, labels, operations, send_archive, send_document
 from schemathesis.schemas import APIOperation
 
 from memos_vllm.api import keys
 
-IMPORT = "POST /v1/memcubes/import"
+# Of bodies that chance alone would hardly ever get right.
+SHAPES = {
+    "POST /v1/memcubes/import": send_archive,
+    "POST /v1/memcubes/{cube_id}/documents": send_document,
+}
 # Every job there has ended by the time that it is known.
 NEVER_SUCCEEDS = "DELETE /v1/jobs/{job_id}"
 EXAMPLES = 12
@@ -55,7 +59,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("label", LABELS)
 def test_every_answer_is_one_that_the_page_announces(fuzzed: Fuzzed, label: str) -> None:
-    shape = {"shape": send_archive} if label == IMPORT else {}
+    shape = {"shape": SHAPES[label]} if label in SHAPES else {}
     statuses: Counter[int] = fuzz(fuzzed.routes[label], fuzzed.known, examples=EXAMPLES, **shape)
     # It was not only turned away.
     assert label == NEVER_SUCCEEDS or any(status < 300 for status in statuses), statuses

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from memos_vllm_kernels import (
     slot_mapping,
     supported,
     tensor_over,
+    unpin_thread,
     unpinned_thread,
 )
 from memos_vllm_kernels.residence import populate
@@ -352,3 +354,21 @@ def test_a_background_thread_leaves_its_parents_core_and_changes_nothing_else() 
     assert seen["newcomer"] == threads
     assert seen["after"] == (pinned, threads)
     assert torch.get_num_threads() == threads
+
+
+def test_threads_that_begin_together_leave_the_default_of_others_as_it_was() -> None:
+    threads = torch.get_num_threads()
+    for _ in range(20):
+        together = threading.Barrier(4)
+
+        def begin(together: threading.Barrier = together) -> None:
+            together.wait()
+            unpin_thread()
+
+        started = [threading.Thread(target=begin) for _ in range(4)]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+    with ThreadPoolExecutor(1) as newcomer:
+        assert newcomer.submit(torch.get_num_threads).result() == threads
