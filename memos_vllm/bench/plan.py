@@ -40,7 +40,7 @@ QUICK_SECONDS = 360.0
 # Estimates are off by some: what is planned keeps within this share of it.
 _QUICK_SHARE = 0.92
 # Its context at least: the prompts of a flood are to fit.
-_QUICK_MODEL_LEN = 4096
+_QUICK_MODEL_LEN = 2048
 _STEADY_FLOODS = 20
 
 
@@ -83,7 +83,7 @@ class Plan:
         """Small, so that a flood is short; a quarter of it holds the longest memory and a bit,
         and the whole the longest request that the model takes."""
         longest = max(self.memory_tokens)
-        kept = _POOL_SHARE * (math.ceil(longest / self.block_tokens) + 4)
+        kept = _POOL_SHARE * (math.ceil(longest / self.block_tokens) + 2)
         return max(kept, math.ceil(self.max_model_len / self.block_tokens) + 4)
 
     @property
@@ -117,7 +117,7 @@ class Plan:
         }
         if self.probes:
             seconds["answers"] = sum(
-                12 * (tokens / prefill + 1.5) + 6.0 * len(self.compared)
+                18 * (tokens / prefill + 1.5) + 12.0 * len(self.compared)
                 for tokens in self.memory_tokens
             )
         if self.costs:
